@@ -1,0 +1,37 @@
+"""The kinds of failure that have a remedy.
+
+A `UserError` is a user's mistake: its text is the whole story, the command line prints it without a
+traceback and exits with status 2. A `RunError` is a run that did not end `done`.
+
+Deliberately not here: invariants of our own code, which are plain `assert`s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave: names the thing, what is allowed and the remedy."""
+
+
+class ConfigError(UserError):
+    """Everything that is wrong with one configuration, one problem a line."""
+
+    def __init__(self, problems: Sequence[str]):
+        self.problems = list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class DataError(UserError):
+    """Preference data that cannot be used as it is; names file, line and column."""
+
+
+class RunError(RuntimeError):
+    """A run that ended in another state than `done`."""
+
+    def __init__(self, message: str, *, run_dir: Path | None = None, state: str = "failed"):
+        super().__init__(message)
+        self.run_dir = run_dir
+        self.state = state
