@@ -123,6 +123,14 @@ class PairStore:
             index=int(self.index[i]),
         )
 
+    def lengths(self, i: int) -> tuple[int, int, int]:
+        """Tokens of pair `i`: shared prefix, whole chosen text, whole rejected text."""
+        return (
+            int(self.shared[i]),
+            int(self.chosen_offsets[i + 1] - self.chosen_offsets[i]),
+            int(self.rejected_offsets[i + 1] - self.rejected_offsets[i]),
+        )
+
     @property
     def fingerprint(self) -> str:
         """sha256 of the arrays' content."""
