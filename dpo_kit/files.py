@@ -1,0 +1,73 @@
+"""Small files written as a whole, and strict JSON.
+
+Deliberately not here: what a file means (records), large stores (preferences), locks.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+from dpo_kit.errors import UserError
+
+
+def atomic_write(path: Path, content: str | bytes, *, durable: bool = True) -> None:
+    """Replaces `path` as a whole; a reader sees the old or the new file.
+
+    Args:
+        path: the file; its folder must exist.
+        content: text (UTF-8) or bytes.
+        durable: flush to the disk first, so that the file also survives a loss of power.
+    """
+    path = Path(path)
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Strict JSON: NaN and infinities become null, paths and other strangers their text."""
+    return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, indent=indent, default=str)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, (str, int, bool)) or value is None:
+        return value
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # a numpy or torch scalar
+        return _finite(value.item())
+    return value
+
+
+def read_json(path: Path, default: Any = None) -> Any:
+    """The content of a JSON file, or `default` when there is none.
+
+    Raises:
+        UserError: the file is not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text("utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return default
+    except ValueError as error:
+        raise UserError(
+            f"{path} is not JSON ({error}); the file was changed or cut outside the kit"
+        ) from None

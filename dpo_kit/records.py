@@ -1,0 +1,415 @@
+"""The run folder on disk: create it, write its records, read them back.
+
+    <fileroot>/<experiment>/<trial>/
+        config.yaml  manifest.json        written once, when the run is created
+        status.json                       the supervisor's word: state, step, phase, owner
+        progress.json                     where the working process is (rank 0, prepare, samples)
+        metrics.jsonl                     one line a step
+        stop.json                         somebody asks the run to end
+        lock.json                         the supervisor that owns the folder (locks)
+        logs/rank-N.log  logs/rank-N.error.json
+
+Every file but `metrics.jsonl` is replaced as a whole, so a reader never sees half of one; `metrics.jsonl`
+grows by whole lines, and a torn last line is skipped by the reader and cut by the next writer.
+
+Deliberately not here: what the numbers mean, starting or ending processes, the `Run` handle (runs).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from dpo_kit.errors import UserError
+from dpo_kit.files import atomic_write, read_json, to_json
+from dpo_kit.processes import is_alive
+
+STATES = ("queued", "running", "stopped", "preempted", "failed", "done")
+ENDED = ("stopped", "preempted", "failed", "done")
+PHASES = (
+    "convert model",
+    "build pairs",
+    "start ranks",
+    "load model",
+    "reference pass",
+    "evaluation",
+    "first step",
+    "training",
+    "export",
+    "samples",
+)
+# A supervisor answers within a second or two; a queued run without one after this long never will.
+_QUEUED_S = 60.0
+# How old another machine's heartbeat may be while its run counts as live.
+REMOTE_HEARTBEAT_S = 60.0
+_ADJECTIVES = "amber bold brave calm clever eager fair gentle keen lively merry quick quiet steady sunny warm"
+_ANIMALS = "badger crane falcon finch fox heron lark lynx marten otter owl plover raven robin swift wren"
+# Written by a run while it works: removed when a trial starts anew (see `clear`).
+_WORK_FILES = ("metrics.jsonl", "progress.json", "stop.json", "samples.jsonl", "data.json")
+_WORK_FOLDERS = ("logs", "evaluations", "tensorboard", "exports", "model")
+
+
+# ---------------------------------------------------------------- creating and finding run folders
+
+
+def check_name(field: str, name: str) -> str:
+    """Returns `name` when it can name a folder of its own and nothing else.
+
+    Raises:
+        UserError: it is empty, hidden, a path, starts like an option, or holds control characters.
+    """
+    problem = ""
+    if not name or name != name.strip() or len(name.encode()) > 200:
+        problem = "is empty, too long or begins or ends with white space"
+    elif any(character in name for character in "/\\") or not name.isprintable():
+        problem = "holds a path separator or a control character"
+    elif name[0] in ".-~":
+        problem = f"begins with {name[0]!r}"
+    if problem:
+        raise UserError(f"{field} = {name!r} {problem}; use one plain folder name, such as 'beta-0.1'")
+    return name
+
+
+def fresh_trial_name(rng: random.Random | None = None) -> str:
+    """A readable name that sorts by time: `2026-11-22_15-30-05-brave-otter`."""
+    rng = rng or random.Random()
+    words = f"{rng.choice(_ADJECTIVES.split())}-{rng.choice(_ANIMALS.split())}"
+    return f"{time.strftime('%Y-%m-%d_%H-%M-%S')}-{words}"
+
+
+def run_folder(fileroot: Path, experiment: str, trial: str) -> Path:
+    """Where the run of these names lies; the folder need not exist.
+
+    Raises:
+        UserError: a name is no plain folder name, or one of the two folders is a link.
+    """
+    folder = Path(fileroot) / check_name("experiment_name", experiment)
+    for field, path in (
+        ("experiment_name", folder),
+        ("trial_name", folder / check_name("trial_name", trial)),
+    ):
+        if path.is_symlink():
+            raise UserError(
+                f"{field}: {path} is a link; a run is written to real folders only, use another name"
+            )
+    return folder / trial
+
+
+def create(fileroot: Path, experiment: str, trial: str | None, *, config_text: str, manifest: dict) -> Path:
+    """Makes a run folder in state `queued`, with nothing left behind when that fails.
+
+    Args:
+        fileroot: root of all runs; made when it is missing.
+        experiment: name of the experiment's folder.
+        trial: name of the run's folder; None takes a fresh readable one.
+        config_text: the resolved configuration, written as `config.yaml`. `{trial_name}` in it is not
+            replaced: name the trial first (`fresh_trial_name`) where the text must carry it.
+        manifest: written as `manifest.json`.
+
+    Raises:
+        UserError: a name is not allowed, or the folder exists.
+    """
+    while True:
+        folder = run_folder(fileroot, experiment, fresh_trial_name() if trial is None else trial)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir()
+            break
+        except FileExistsError:
+            if trial is not None:
+                raise UserError(f"trial_name = {trial!r}: {folder} exists; use another name") from None
+    try:
+        (folder / "logs").mkdir()
+        atomic_write(folder / "config.yaml", config_text)
+        atomic_write(folder / "manifest.json", to_json(manifest, indent=2))
+        reset_status(folder)
+    except BaseException:
+        remove_folder(folder)
+        raise
+    return folder
+
+
+def remove_folder(run_dir: Path) -> None:
+    """Removes a run folder, and those of its experiment and of all runs when nothing else is in them."""
+    shutil.rmtree(run_dir, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        run_dir.parent.rmdir()
+        run_dir.parent.parent.rmdir()
+
+
+def clear(run_dir: Path) -> list[str]:
+    """Removes what an earlier attempt wrote, so that the trial starts anew; names what it removed.
+
+    `config.yaml`, `manifest.json`, `checkpoints/` and the lock stay.
+    """
+    removed = []
+    for name in _WORK_FILES:
+        if (run_dir / name).exists():
+            (run_dir / name).unlink()
+            removed.append(name)
+    for name in _WORK_FOLDERS:
+        if (run_dir / name).is_dir() and any((run_dir / name).iterdir()):
+            removed.append(f"{name}/")
+        shutil.rmtree(run_dir / name, ignore_errors=True)
+    (run_dir / "logs").mkdir(exist_ok=True)
+    return removed
+
+
+def list_runs(fileroot: Path) -> list[Path]:
+    """Run folders under `fileroot`, oldest first; linked and hidden folders are not entered."""
+    found = []
+    for experiment in _plain_folders(Path(fileroot)):
+        found += [run for run in _plain_folders(experiment) if (run / "status.json").is_file()]
+    return sorted(found, key=lambda run: (_created_at(run), run.name))
+
+
+def _plain_folders(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return [
+        path for path in folder.iterdir() if path.is_dir() and not path.is_symlink() and path.name[0] != "."
+    ]
+
+
+def _created_at(run_dir: Path) -> float:
+    try:
+        return float(json.loads((run_dir / "status.json").read_text("utf-8")).get("created_at") or 0.0)
+    except (OSError, ValueError, TypeError, AttributeError):
+        return 0.0
+
+
+# ---------------------------------------------------------------- status
+
+
+def reset_status(run_dir: Path) -> dict[str, Any]:
+    """Writes the status of a run that waits for its supervisor."""
+    now = time.time()
+    status: dict[str, Any] = {
+        "state": "queued",
+        "step": 0,
+        "total_steps": None,
+        "phase": None,
+        "phase_done": 0,
+        "phase_total": None,
+        "phase_started_at": None,
+        "phase_expected_s": None,
+        "created_at": read_status(run_dir).get("created_at") or now,
+        "started_at": None,
+        "updated_at": now,
+        "ended_at": None,
+        "owner": None,
+        "supervisor": None,
+        "ranks": [],
+        "message": "",
+        "phases": [],
+    }
+    atomic_write(run_dir / "status.json", to_json(status, indent=1))
+    return status
+
+
+def read_status(run_dir: Path) -> dict[str, Any]:
+    """What the supervisor wrote last, as it stands (see `settle` for a run whose supervisor is gone)."""
+    return read_json(Path(run_dir) / "status.json", {}) or {}
+
+
+def update_status(run_dir: Path, **fields: Any) -> dict[str, Any]:
+    """Changes fields of `status.json`; only the supervisor does, or the launcher before it starts one."""
+    status = {**read_status(run_dir), **fields, "updated_at": time.time()}
+    durable = fields.get("state") in ENDED
+    atomic_write(Path(run_dir) / "status.json", to_json(status, indent=1), durable=durable)
+    return status
+
+
+def is_live(status: dict[str, Any]) -> bool:
+    """True while a supervisor works on the run (or is just being started)."""
+    if status.get("state") not in ("queued", "running"):
+        return False
+    age_s = time.time() - float(status.get("updated_at") or 0.0)
+    supervisor = status.get("supervisor")
+    if not supervisor:
+        return age_s < _QUEUED_S
+    if supervisor.get("host") not in (None, socket.gethostname()):
+        return age_s < REMOTE_HEARTBEAT_S
+    return is_alive(supervisor)
+
+
+def settle(status: dict[str, Any]) -> dict[str, Any]:
+    """The status as a reader should take it: a run whose supervisor is gone has failed."""
+    if status.get("state") in ENDED or not status or is_live(status):
+        return status
+    supervisor = status.get("supervisor") or {}
+    if supervisor:
+        cause = f"its supervisor (pid {supervisor.get('pid')}) ended without a word, killed from outside"
+    else:
+        cause = "its supervisor never started; see logs/supervisor.log"
+    return {**status, "state": "failed", "message": status.get("message") or cause}
+
+
+def write_progress(
+    run_dir: Path,
+    *,
+    phase: str,
+    done: int = 0,
+    total: int | None = None,
+    expected_s: float | None = None,
+    step: int | None = None,
+    total_steps: int | None = None,
+) -> None:
+    """Says where the work is; the process that does the work calls it (rank 0, prepare, samples).
+
+    A new phase starts a new clock; the time of the one before is added to `phases`. In the phase
+    `training`, `done` and `total` are the steps, and stand for `step` and `total_steps` when those are
+    left out.
+
+    Args:
+        run_dir: the run folder.
+        phase: one of `PHASES`.
+        done: how much of the phase is done, in units of `total`.
+        total: the whole of it; None where it is not known.
+        expected_s: expected seconds of the whole phase; None leaves that to earlier runs.
+        step: optimizer steps done.
+        total_steps: optimizer steps of the run.
+    """
+    assert phase in PHASES, phase
+    path = Path(run_dir) / "progress.json"
+    now = time.time()
+    old = read_json(path, {})
+    phases = old.get("phases", [])
+    started_at = old.get("started_at", now)
+    if old.get("phase") != phase:
+        phases = _add_seconds(phases, old.get("phase"), now - started_at)
+        started_at = now
+    if phase == "training":
+        step = done if step is None else step
+        total_steps = total if total_steps is None else total_steps
+    progress = {
+        "phase": phase,
+        "done": done,
+        "total": total,
+        "expected_s": expected_s
+        if expected_s is not None or old.get("phase") != phase
+        else old.get("expected_s"),
+        "step": old.get("step") if step is None else step,
+        "total_steps": old.get("total_steps") if total_steps is None else total_steps,
+        "started_at": started_at,
+        "updated_at": now,
+        "phases": phases,
+    }
+    atomic_write(path, to_json(progress), durable=False)
+
+
+def _add_seconds(phases: list[dict], name: str | None, seconds: float) -> list[dict]:
+    """Adds to the phase's total: `evaluation` and `training` take turns, each is listed once."""
+    if name is None:
+        return phases
+    totals = {phase["name"]: phase["seconds"] for phase in phases}
+    totals[name] = round(totals.get(name, 0.0) + seconds, 3)
+    return [{"name": key, "seconds": value} for key, value in totals.items()]
+
+
+# ---------------------------------------------------------------- metrics
+
+
+def append_metrics(run_dir: Path, record: dict[str, Any]) -> None:
+    """Adds one line to `metrics.jsonl`; NaN and infinities become null. A torn last line is cut first."""
+    line = to_json(record).encode("utf-8") + b"\n"
+    with open(Path(run_dir) / "metrics.jsonl", "ab+") as file:
+        _cut_torn_tail(file)
+        file.write(line)
+
+
+def _cut_torn_tail(file: Any) -> None:
+    end = file.seek(0, os.SEEK_END)
+    if end == 0:
+        return
+    file.seek(end - 1)
+    if file.read(1) == b"\n":
+        return
+    file.seek(0)
+    file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The records of `metrics.jsonl`, in order; a last line without its end is not there yet.
+
+    Raises:
+        UserError: a line before the last is not JSON.
+    """
+    path = Path(run_dir) / "metrics.jsonl"
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    records = []
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            raise UserError(f"{path} line {number} is not JSON; it was changed outside the kit") from None
+    return records
+
+
+# ---------------------------------------------------------------- asking a run to stop
+
+
+def request_stop(run_dir: Path, state: str) -> None:
+    """Asks the run to save and end as `stopped` or `preempted`; the first request stands."""
+    assert state in ("stopped", "preempted"), state
+    if stop_requested(run_dir) is None:
+        atomic_write(Path(run_dir) / "stop.json", to_json({"state": state, "at": time.time()}))
+
+
+def stop_requested(run_dir: Path) -> str | None:
+    """The state in which the run was asked to end, or None."""
+    return (read_json(Path(run_dir) / "stop.json", {}) or {}).get("state")
+
+
+def clear_stop(run_dir: Path) -> None:
+    """Forgets a request to stop."""
+    (Path(run_dir) / "stop.json").unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------- errors of ranks
+
+
+def one_line(error: BaseException) -> str:
+    """`Type: first line of the message`; a `UserError` is told without its type."""
+    text = " ".join(str(error).strip().splitlines()[:1]) or "no message"
+    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
+
+
+def write_rank_error(run_dir: Path, rank: int | str, exc: BaseException, row: int | None = None) -> None:
+    """Leaves the cause of a failure where the supervisor finds it; the traceback goes to the log.
+
+    Args:
+        run_dir: the run folder.
+        rank: the rank, or the name of another process of the run (`prepare`, `samples`).
+        exc: what was raised.
+        row: source row of the data that was being worked on, when known.
+    """
+    record = {
+        "rank": rank,
+        "error": one_line(exc),
+        "message": str(exc),
+        "type": type(exc).__name__,
+        "user_mistake": isinstance(exc, UserError),
+        "row": row,
+        "at": time.time(),
+    }
+    name = f"rank-{rank}" if isinstance(rank, int) else rank
+    logs = Path(run_dir) / "logs"
+    logs.mkdir(exist_ok=True)
+    atomic_write(logs / f"{name}.error.json", to_json(record, indent=1))
+
+
+def read_rank_errors(run_dir: Path) -> list[dict[str, Any]]:
+    """What failing processes of the run left, the earliest (the cause of the others) first."""
+    errors = [read_json(path) for path in (Path(run_dir) / "logs").glob("*.error.json")]
+    return sorted((error for error in errors if error), key=lambda error: error["at"])
