@@ -1,0 +1,211 @@
+"""What no single field can tell: fields that contradict each other, sizes that do not fit, names of runs.
+
+Deliberately not here: anything that needs the machine, the data or a tokenizer; the launcher and the
+data room check those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+
+from dpo_kit.config import schema
+from dpo_kit.config.backend import Backend, parse_backend
+from dpo_kit.config.schema import Config
+from dpo_kit.config.values import show
+from dpo_kit.errors import ConfigError
+
+
+def check(config: Config) -> None:
+    """Check a configuration whose fields are all well typed, e.g. after the launcher filled in the devices.
+
+    Raises:
+        ConfigError: with every contradiction.
+    """
+    problems = contradictions(config)
+    if problems:
+        raise ConfigError(problems)
+
+
+def contradictions(config: Config, bad: Collection[str] = ()) -> list[str]:
+    """One line for each contradiction.
+
+    Args:
+        config: the configuration, every field of the right type.
+        bad: dotted fields that are wrong in themselves; nothing is said about them a second time.
+    """
+
+    def fine(*names: str) -> bool:
+        return not any(name == b or name.startswith(b + ".") for name in names for b in bad)
+
+    problems: list[str] = []
+    for part in (_names, _loss, _reference, _pair_granularity, _parallel, _data, _precision):
+        problems += part(config, fine)
+    return problems
+
+
+Fine = Callable[..., bool]
+
+
+def _names(config: Config, fine: Fine) -> Iterator[str]:
+    names = {"experiment_name": config.experiment_name, "trial_name": config.trial_name}
+    for field, name in names.items():
+        if name is not None and fine(field) and (wrong := name_problem(name)):
+            yield f"{field} = {show(name)} {wrong}"
+
+
+def name_problem(name: str) -> str | None:
+    """What is wrong with the name of an experiment or trial, which is a folder of its own; None when fine."""
+    if not name:
+        return "is empty; give a name"
+    if len(name) > 128 or len(name.encode(errors="replace")) > 255:
+        return f"is {len(name)} characters long; use at most 128 (255 bytes)"
+    if "/" in name or "\\" in name or ".." in name:
+        return "is a path; it names one folder, so leave out '/', '\\' and '..'"
+    if name[0] in "-.":
+        return f"starts with {name[0]!r}; start with a letter or digit"
+    if not name.isprintable() or name != name.strip():
+        return "has control characters or white space at an end; leave them out"
+    return None
+
+
+def _loss(config: Config, fine: Fine) -> Iterator[str]:
+    actor = config.actor
+    smoothed = schema.SMOOTHED_LOSS_TYPES
+    if (
+        fine("actor.loss_type", "actor.label_smoothing")
+        and actor.label_smoothing
+        and actor.loss_type not in smoothed
+    ):
+        yield (
+            f"actor.label_smoothing = {actor.label_smoothing} has no meaning for actor.loss_type = "
+            f"{actor.loss_type!r}; use 0, or a loss_type of {' or '.join(smoothed)}"
+        )
+
+
+def _reference(config: Config, fine: Fine) -> Iterator[str]:
+    if fine("ref.optimizer") and config.ref.optimizer is not None:
+        yield (
+            f"ref.optimizer = {show(config.ref.optimizer)} must be null: the reference is frozen "
+            "(settings of the policy's optimizer go into actor.optimizer)"
+        )
+
+
+def _pair_granularity(config: Config, fine: Fine) -> Iterator[str]:
+    for section in ("actor", "ref"):
+        field = f"{section}.mb_spec.granularity"
+        value = getattr(config, section).mb_spec.granularity
+        if fine(field) and value != 2:
+            yield (
+                f"{field} = {value} must be 2: a chosen and a rejected response are scheduled as one pair, "
+                "never apart"
+            )
+
+
+def _backend(field: str, text: str) -> tuple[Backend | None, list[str]]:
+    """The parsed backend and its own problems, as lines that name the field."""
+    try:
+        backend = parse_backend(text)
+    except ConfigError as error:
+        return None, [
+            f"{field} = {problem.removeprefix('backend ').replace(': ', ' is wrong: ', 1)}"
+            for problem in error.problems
+        ]
+    if backend.p != 1:
+        d = f"fsdp:d{backend.d * backend.p}"
+        return None, [
+            f"{field} = {text!r}: p must be 1, because fsdp shards every layer over all its ranks and has no "
+            f"pipeline stages; for the same {backend.d * backend.p} ranks use {d}"
+            + (f"t{backend.t}" if backend.t > 1 else "")
+        ]
+    if backend.t != 1:
+        return None, [
+            f"{field} = {text!r}: tensor parallelism (t = {backend.t}) is not built yet; "
+            f"use t1, e.g. fsdp:d{backend.world_size} for the same {backend.world_size} ranks"
+        ]
+    return backend, []
+
+
+def _parallel(config: Config, fine: Fine) -> Iterator[str]:
+    cluster = config.cluster
+    if fine("cluster.n_nodes", "scheduler.type") and cluster.n_nodes > 1 and config.scheduler.type == "local":
+        yield (
+            f"cluster.n_nodes = {cluster.n_nodes} needs more than one machine, and scheduler.type = 'local' "
+            "is one; use scheduler.type=ray, or cluster.n_nodes=1"
+        )
+    if not fine("actor.backend"):
+        return
+    backend, problems = _backend("actor.backend", config.actor.backend)
+    yield from problems
+    if backend is None:
+        return
+    if fine("ref.backend"):
+        yield from _same_ranks(config, backend)
+    if not backend.explicit:
+        return
+    pairs = config.train_dataset.batch_size
+    if fine("train_dataset.batch_size") and pairs < backend.d:
+        yield (
+            f"train_dataset.batch_size = {pairs} is less than {backend.d} data-parallel ranks; "
+            f"use {backend.d} or more"
+        )
+    if fine("cluster.n_nodes", "cluster.n_gpus_per_node") and isinstance(cluster.n_gpus_per_node, int):
+        yield from _devices(config, backend)
+
+
+def _same_ranks(config: Config, backend: Backend) -> Iterator[str]:
+    ref, problems = _backend("ref.backend", config.ref.backend)
+    # The actor's text is wrong in the same way and was reported already.
+    yield from (p for p in problems if config.ref.backend != config.actor.backend)
+    if ref is not None and ref != backend:
+        yield (
+            f"ref.backend = {config.ref.backend!r} differs from actor.backend = {config.actor.backend!r}: "
+            "the reference shares the actor's ranks; use ${actor.backend}"
+        )
+
+
+def _devices(config: Config, backend: Backend) -> Iterator[str]:
+    cluster = config.cluster
+    assert isinstance(cluster.n_gpus_per_node, int)
+    devices = cluster.n_nodes * cluster.n_gpus_per_node
+    if 0 < devices < backend.world_size:
+        yield (
+            f"actor.backend = {config.actor.backend!r} needs {backend.world_size} ranks, more than the "
+            f"{devices} devices of cluster.n_nodes = {cluster.n_nodes} times cluster.n_gpus_per_node = "
+            f"{cluster.n_gpus_per_node}; use fsdp:d{devices}, or cluster.n_gpus_per_node=0 for CPU ranks"
+        )
+
+
+def _data(config: Config, fine: Fine) -> Iterator[str]:
+    valid = config.valid_dataset
+    if fine("train_dataset.path") and not config.train_dataset.path.strip():
+        yield "train_dataset.path is empty; give a hub id, a file, or sample"
+    if fine("saver.best", "valid_dataset") and config.saver.best and valid is None:
+        yield "saver.best = true chooses by held-out pairs; add a valid_dataset, e.g. {from_train: 0.05}"
+    if valid is None or not fine("valid_dataset.path", "valid_dataset.from_train"):
+        return
+    if valid.path and valid.from_train is not None:
+        yield (
+            f"valid_dataset.path = {show(valid.path)} and valid_dataset.from_train = {valid.from_train} "
+            "exclude each other; set one of them to null"
+        )
+    if not valid.path and valid.from_train is None:
+        yield (
+            "valid_dataset.path is missing; give a path, or from_train: 0.05 to hold out 5 % of the training "
+            "prompts"
+        )
+
+
+def _precision(config: Config, fine: Fine) -> Iterator[str]:
+    gpus = config.cluster.n_gpus_per_node
+    for section in ("actor", "ref"):
+        field = f"{section}.dtype"
+        if (
+            fine(field, "cluster.n_gpus_per_node")
+            and getattr(config, section).dtype == "float64"
+            and isinstance(gpus, int)
+            and gpus > 0
+        ):
+            yield (
+                f"{field} = 'float64' runs on CPU ranks only and cluster.n_gpus_per_node = {gpus}; use "
+                "float32 or bfloat16, or cluster.n_gpus_per_node=0"
+            )

@@ -1,0 +1,217 @@
+"""Reading a configuration: file, overrides, interpolation, one walk that collects every problem.
+
+The order of work: parse YAML -> apply overrides -> fill in defaults -> resolve `${...}` -> check and coerce
+every key against the schema -> check contradictions -> build the dataclasses -> resolve paths.
+
+Deliberately not here: the notebook's parameters (`parameters`), and what a field means (`schema`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+
+from dpo_kit.config import schema
+from dpo_kit.config.checks import contradictions
+from dpo_kit.config.overrides import apply_overrides
+from dpo_kit.config.paths import BUILTIN_NAMES, find_path, project_root, resolve_path
+from dpo_kit.config.schema import Config
+from dpo_kit.config.tree import check_tree, is_empty, plain_tree
+from dpo_kit.config.values import parse_yaml, show
+from dpo_kit.errors import ConfigError
+
+
+def load(path: str | Path, overrides: Iterable[str] = (), *, root: str | Path | None = None) -> Config:
+    """Read a params file.
+
+    Keys of the seed's system that mean nothing here are listed in one `UserWarning`.
+
+    Args:
+        path: absolute, or relative to the project root or else to the working directory.
+        overrides: dotted assignments, `actor.beta=0.2`; later ones win.
+        root: the project root, found from the working directory by default.
+
+    Raises:
+        ConfigError: with every problem of the file and the overrides at once.
+    """
+    root = Path(root) if root is not None else project_root()
+    problems: list[str] = []
+    tree = plain_tree(read_params(path, root), f"config {str(path)!r}", problems)
+    config, ignored = configure(tree, overrides, root, problems)
+    warn_ignored(ignored)
+    return config
+
+
+def from_tree(
+    tree: Mapping[str, Any],
+    overrides: Iterable[str] = (),
+    source: str = "configuration",
+    *,
+    root: str | Path | None = None,
+) -> Config:
+    """Build a configuration from the keys of a params file.
+
+    An empty top-level value (None, "", {}, [], "null") is the same as a key left out, because a notebook
+    parameter cannot say it otherwise.
+
+    Args:
+        tree: the keys as YAML or papermill read them, or `to_tree(config)`. Not changed.
+        overrides: dotted assignments. In `to_tree(config)` nothing refers to anything any more: a new
+            `actor.path` there leaves `ref.path` as it is.
+        source: where the tree is from, for messages.
+        root: the project root.
+
+    Raises:
+        ConfigError: with every problem at once.
+    """
+    root = Path(root) if root is not None else project_root()
+    problems: list[str] = []
+    config, ignored = configure(plain_tree(tree, source, problems), overrides, root, problems)
+    warn_ignored(ignored)
+    return config
+
+
+def configure(
+    tree: dict[str, Any], overrides: Iterable[str], root: Path, problems: list[str]
+) -> tuple[Config, list[str]]:
+    """The configuration that a plain tree and overrides mean, and the keys that were ignored.
+
+    Args:
+        tree: from `tree.plain_tree`; changed in place.
+        overrides: dotted assignments.
+        root: the project root.
+        problems: what was found wrong so far.
+
+    Raises:
+        ConfigError: with every problem, the ones given included.
+    """
+    for key in [key for key, value in tree.items() if is_empty(value)]:
+        del tree[key]
+    problems += apply_overrides(tree, overrides)
+    walk = check_tree(tree)
+    problems += walk.problems
+    config = _build(Config, walk.tree)
+    problems += contradictions(config, walk.bad)
+    if not problems:
+        problems += _resolve_paths(config, root)
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))
+    return config, walk.ignored
+
+
+def warn_ignored(ignored: list[str]) -> None:
+    """One line naming every ignored key, attributed to the caller of the caller."""
+    if ignored:
+        names = ", ".join(dict.fromkeys(ignored))
+        warnings.warn(f"ignored: {names} (keys of the seed's system without a meaning here)", stacklevel=3)
+
+
+def read_params(path: str | Path, root: Path) -> dict[str, Any]:
+    """The keys of a params file as plain values, nothing checked but the YAML itself.
+
+    Raises:
+        ConfigError: no such file, not UTF-8, not YAML, a key given twice, or no mapping.
+    """
+    found = find_path("config", path, root)
+    if found is None:
+        places = dict.fromkeys([resolve_path(path, root), resolve_path(path, Path.cwd())])
+        raise ConfigError(
+            [f"config {str(path)!r} does not exist; looked for {' and '.join(map(str, places))}"]
+        )
+    if found.is_dir():
+        raise ConfigError([f"config {str(path)!r} is a folder; name the YAML file in it"])
+    try:
+        data = found.read_bytes()
+        tree = parse_yaml(data.decode("utf-8-sig"))
+    except OSError as error:
+        raise ConfigError([f"config {str(path)!r} cannot be read: {error.strerror or error}"]) from None
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ConfigError(
+            [
+                f"config {str(path)!r}, line {line}: byte {data[error.start]:#04x} is not UTF-8; save "
+                "it as UTF-8"
+            ]
+        ) from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError([f"config {str(path)!r}{_yaml_problem(error)}"]) from None
+    if tree is None:
+        raise ConfigError([f"config {str(path)!r} is empty; see params/demo.yaml for a complete one"])
+    if not isinstance(tree, dict):
+        raise ConfigError([f"config {str(path)!r} holds {show(tree)}, not `key: value` lines"])
+    return tree
+
+
+def _yaml_problem(error: Exception) -> str:
+    """`, line 3, column 5: what is wrong` on one line."""
+    if isinstance(error, RecursionError):
+        return ": is nested too deeply"
+    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+    text = getattr(error, "problem", None) or str(error)
+    context = getattr(error, "context", None)
+    return f"{where}: {' '.join(str(text).split())}" + (f" ({context})" if context else "")
+
+
+def _build(cls: type, tree: dict[str, Any]) -> Any:
+    """The dataclasses of a checked tree; a key left out because it is wrong holds its default."""
+    values = {}
+    for name, (hint, _) in schema.section_fields(cls).items():
+        inner = schema.section_type(hint)
+        if inner and isinstance(tree.get(name), dict):
+            values[name] = _build(inner, tree[name])
+        elif name in tree:
+            values[name] = tree[name]
+    return cls(**values)
+
+
+def _resolve_paths(config: Config, root: Path) -> list[str]:
+    """Make `cluster.fileroot` absolute, and every other path that names an existing file or folder."""
+    config.tokenizer_path = config.tokenizer_path or config.actor.path
+    fileroot = resolve_path(config.cluster.fileroot, root)
+    config.cluster.fileroot = str(fileroot)
+    problems = []
+    if fileroot.exists() and not fileroot.is_dir():
+        problems.append(f"cluster.fileroot = {str(fileroot)!r} is a file; give a folder for the runs")
+    places: list[tuple[str, Any, str]] = [
+        ("actor.path", config.actor, "path"),
+        ("ref.path", config.ref, "path"),
+        ("tokenizer_path", config, "tokenizer_path"),
+        ("train_dataset.path", config.train_dataset, "path"),
+    ]
+    if config.valid_dataset is not None and config.valid_dataset.path:
+        places.append(("valid_dataset.path", config.valid_dataset, "path"))
+    for name, section, key in places:
+        text = getattr(section, key)
+        if text in BUILTIN_NAMES:
+            continue
+        try:
+            found = find_path(name, text, root)
+        except ConfigError as error:
+            problems += error.problems
+            continue
+        if found is not None:
+            setattr(section, key, str(found))
+    return problems
+
+
+def to_tree(config: Config) -> dict[str, Any]:
+    """A configuration as plain dicts and values."""
+    return dataclasses.asdict(config)
+
+
+def to_yaml(config: Config) -> str:
+    """A configuration as YAML text; `load` of it gives an equal one."""
+
+    def literal(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: literal(inner) for key, inner in value.items()}
+        return value.replace("${", "\\${") if isinstance(value, str) else value
+
+    return OmegaConf.to_yaml(OmegaConf.create(literal(to_tree(config))))

@@ -1,0 +1,223 @@
+"""A tree of keys against the schema: plain values, defaults, then one walk that checks every key.
+
+Deliberately not here: files and overrides (`load`, `overrides`), and fields that contradict each other
+(`checks`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from omegaconf import MISSING, OmegaConf
+
+from dpo_kit.config import schema
+from dpo_kit.config.interpolation import Resolved, resolve
+from dpo_kit.config.schema import Config
+from dpo_kit.config.values import BadValue, coerce, native, parse_scalar, show, unknown_key
+from dpo_kit.errors import ConfigError
+
+MAX_NODES = 20_000  # a file of ours has about 100; YAML aliases can spell billions in ten lines
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a notebook parameter or top-level key says nothing: None, "", {}, [] or the text `null`."""
+    if isinstance(value, str):
+        return value.strip() in ("", "null")
+    return value is None or (isinstance(value, Mapping | list | tuple) and len(value) == 0)
+
+
+def plain_tree(tree: Any, source: str, problems: list[str]) -> dict[str, Any]:
+    """A copy of a tree in plain dicts, lists and values; a section given as the text that spells it is read.
+
+    Keys that are no text and values that are no configuration become problems and are left out.
+    """
+    if OmegaConf.is_config(tree):
+        tree = OmegaConf.to_container(tree, resolve=False)
+    if not isinstance(tree, Mapping):
+        raise ConfigError([f"{source} holds {show(tree)}, not keys and values"])
+    count = 0
+
+    def copied(value: Any, name: str) -> Any:
+        nonlocal count
+        count += 1
+        if count > MAX_NODES:
+            raise ConfigError([f"{source} has more than {MAX_NODES} values, or refers to itself"])
+        value = _spelled_section(name, native(value))
+        if isinstance(value, Mapping):
+            out = {}
+            for key, inner in value.items():
+                dotted = f"{name}.{key}" if name else str(key)
+                if problem := _key_problem(key, dotted, name):
+                    problems.append(problem)
+                else:
+                    out[key] = copied(inner, dotted)
+            return out
+        if isinstance(value, list | tuple):
+            return [copied(inner, f"{name}[{i}]") for i, inner in enumerate(value)]
+        if value is None or isinstance(value, str | bool | int | float):
+            return value
+        problems.append(f"{name} = {show(value)} is a {type(value).__name__}; give a text, number or section")
+        return None
+
+    try:
+        return copied(tree, "")
+    except RecursionError:
+        raise ConfigError([f"{source} refers to itself or is nested too deeply"]) from None
+
+
+def _spelled_section(name: str, value: Any) -> Any:
+    """papermill's -p hands a section over as text: `{beta: 0.2}`."""
+    found = schema.lookup(name)
+    if isinstance(value, str) and found and schema.section_type(found[0]):
+        parsed = parse_scalar(value)
+        return parsed if isinstance(parsed, dict) else value
+    return value
+
+
+def _key_problem(key: Any, dotted: str, section: str) -> str | None:
+    at = f" in {section}" if section else ""
+    if not isinstance(key, str):
+        return f"{show(key)}{at} is not a known key; keys are text"
+    if "." in key or not key:
+        return f"{show(key)}{at} is not a known key; nest sections instead of writing a dotted key"
+    return None
+
+
+@dataclasses.dataclass
+class Walk:
+    """One pass over the tree: what is kept, what is wrong, what is ignored."""
+
+    resolved: Resolved
+    tree: dict[str, Any] = dataclasses.field(default_factory=dict)
+    problems: list[str] = dataclasses.field(default_factory=list)
+    bad: set[str] = dataclasses.field(default_factory=set)
+    ignored: list[str] = dataclasses.field(default_factory=list)
+
+    def wrong(self, name: str, problem: str) -> None:
+        """Record a problem and that nothing more need be said about this key."""
+        self.bad.add(name)
+        self.problems.append(problem)
+
+
+def check_tree(given: dict[str, Any]) -> Walk:
+    """Fill in defaults, resolve references, then check and coerce every key.
+
+    Args:
+        given: plain values, from `plain_tree`.
+
+    Returns:
+        the walk, its `tree` complete except for the keys that are `bad`.
+    """
+    missing = [name for name in schema.REQUIRED_SECTIONS if is_empty(given.get(name))]
+    given = {key: value for key, value in given.items() if key not in missing}
+    walk = Walk(resolve(_over(_defaults(given), given)))
+    for name in missing:
+        walk.wrong(name, f"{name} is missing; {schema.REQUIRED_SECTIONS[name]}")
+    for name, problem in walk.resolved.problems.items():
+        if schema.is_foreign(name):
+            walk.ignored.append(schema.is_foreign(name) or name)
+            continue
+        walk.bad.add(name)
+        walk.problems += [problem] if problem else []
+    walk.tree = _check_section(Config, walk.resolved.tree, "", walk)
+    return walk
+
+
+def _defaults(given: dict[str, Any]) -> dict[str, Any]:
+    defaults = dataclasses.asdict(Config())
+    if isinstance(given.get("valid_dataset"), dict):
+        defaults["valid_dataset"] = dataclasses.asdict(schema.ValidDatasetConfig())
+    return defaults
+
+
+def _over(default: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The given keys over the defaults; unknown ones stay, for the walk to report; a section set to null
+    at the top level takes its defaults."""
+    out = dict(default)
+    for key, value in given.items():
+        if isinstance(value, dict) and isinstance(default.get(key), dict):
+            out[key] = _over(default[key], value)
+        elif value is not None or key not in schema.section_fields(Config):
+            out[key] = value
+    return out
+
+
+def _check_section(cls: type, given: dict[str, Any], prefix: str, walk: Walk) -> dict[str, Any]:
+    """The coerced keys of one section; problems and ignored keys go into the walk."""
+    known = schema.section_fields(cls)
+    out: dict[str, Any] = {}
+    for key, value in given.items():
+        name = prefix + key
+        if schema.is_foreign(name):
+            _ignore(name, value, walk)
+        elif key not in known:
+            walk.wrong(name, unknown_key(name, known))
+        elif inner := schema.section_type(known[key][0]):
+            if isinstance(value, dict):
+                value = _completed(inner, value, name, walk)
+                out[key] = _check_section(inner, value, name + ".", walk)
+            elif value is not None or key != "valid_dataset":
+                walk.wrong(name, f"{name} = {show(value)} is not a section; give it keys and values")
+        else:
+            _check_field(name, value, known[key], out, walk)
+    return out
+
+
+def _completed(cls: type, given: dict[str, Any], name: str, walk: Walk) -> dict[str, Any]:
+    """A section with its defaults. Only one that was itself a reference still lacks any."""
+    if name not in walk.resolved.interpolated:
+        return given
+    filled = _over(dataclasses.asdict(cls()), given)
+    for key, value in filled.items():
+        if isinstance(value, str) and key not in given and value.startswith("${"):
+            node: Any = walk.resolved.tree
+            for part in value[2:-1].split("."):
+                node = node.get(part) if isinstance(node, dict) else None
+            filled[key] = node
+    return filled
+
+
+def _check_field(
+    name: str, value: Any, known: tuple[Any, dict[str, Any]], out: dict[str, Any], walk: Walk
+) -> None:
+    section, _, key = name.rpartition(".")
+    if isinstance(value, str) and value == MISSING:
+        if section in walk.bad:
+            walk.bad.add(name)
+        else:
+            walk.wrong(name, f"{name} is missing; give it a value")
+        return
+    if name == "tokenizer_path" and is_empty(value):
+        return  # empty means actor.path, as its default does
+    reference = walk.resolved.interpolated.get(name)
+    hint, rule = known
+    try:
+        out[key] = coerce(value, hint, rule, interpolated=reference is not None)
+    except BadValue as error:
+        if reference is not None and reference[2:-1] in walk.bad:
+            walk.bad.add(name)  # the field that it refers to was reported
+        else:
+            walk.wrong(name, f"{name} = {show(value)} {error}")
+
+
+def _ignore(name: str, value: Any, walk: Walk) -> None:
+    """A key of the seed's system: ignored, unless its value asks for something that is not done here."""
+    fixed = schema.FOREIGN_FIXED.get(name)
+    given = parse_scalar(value) if isinstance(value, str) else value
+    if fixed and given is not None and given is not fixed[0]:
+        walk.wrong(
+            name, f"{name} = {show(value)} is not possible: {fixed[1]}; use {show(fixed[0])} or leave it out"
+        )
+    elif _not_finite(value):
+        walk.wrong(name, f"{name} = {show(value)} holds a number that is not finite")
+    else:
+        walk.ignored.append(name)
+
+
+def _not_finite(value: Any) -> bool:
+    if isinstance(value, dict | list):
+        return any(map(_not_finite, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, float) and not math.isfinite(value)
