@@ -93,9 +93,7 @@ def test_a_zombie_is_gone():
 
 
 def test_end_tree_ends_grandchildren_and_those_that_ignore_sigterm():
-    grandchild = (
-        "import signal, time; signal.signal(15, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
-    )
+    deaf = "import signal, time; signal.signal(15, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
     code = (
         "import subprocess, sys, time\n"
         f"child = subprocess.Popen([sys.executable, '-c', {deaf!r}], stdout=subprocess.PIPE, text=True)\n"
