@@ -1,0 +1,449 @@
+"""Training, evaluation and scoring of preference pairs: the step, and the one visible loop.
+
+The loss of a step is the sum over its pairs divided by the global number of pairs, so that ranks and
+micro-batches do not change it beyond rounding. What a step measured crosses the ranks in one collective, after
+the update. Files are written by rank 0 only.
+
+Not here: processes and their states (`supervisor`), the files' formats (`records`), sampling text (`samples`).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dpo_kit import metrics as names
+from dpo_kit.config import Config
+from dpo_kit.errors import UserError
+from dpo_kit.losses import implicit_rewards, loss_at_reference, preference_loss
+from dpo_kit.model import PairModel
+from dpo_kit.packing import MicroBatch, pack, pair_cost, plan_step, response_sums
+from dpo_kit.parallel import DTYPES, World, grad_norm
+from dpo_kit.preferences import PairStore
+
+AUTO_MAX_TOKENS = 4096
+# Forward-only passes keep no activations: larger micro-batches.
+FORWARD_FACTOR = 4
+FIRST_STEP_NATS = 1e-3
+FIRST_STEP_NATS_PER_TOKEN_BF16 = 1e-2
+
+
+class Stopped(Exception):
+    """The run was asked to stop; every rank raises it at the same point."""
+
+
+@dataclass
+class Engine:
+    """What a rank holds while it trains: the model, the data and where the reference's values come from."""
+
+    config: Config
+    world: World
+    policy: PairModel
+    train: PairStore
+    valid: PairStore | None
+    # Row -> log-probs (P, 2) float64 of the reference per store, or the resident reference model.
+    ref_train: np.ndarray | None = None
+    ref_valid: np.ndarray | None = None
+    ref_model: PairModel | None = None
+    policy_is_reference: bool = False
+    should_stop: Callable[[], bool] = field(default=lambda: False)
+    progress: Callable[..., None] = field(default=lambda *_a, **_k: None)
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of a training micro-batch."""
+        tokens = self.config.actor.mb_spec.max_tokens_per_mb
+        return AUTO_MAX_TOKENS if tokens == "auto" else int(tokens)
+
+
+# --- what will run -------------------------------------------------------------------------------------------
+
+
+def num_steps(config: Config, num_pairs: int) -> int:
+    """Optimizer steps of the whole run: epochs over the pairs, ended early by `total_train_steps`."""
+    per_epoch = steps_per_epoch(config, num_pairs)
+    if per_epoch == 0:
+        raise UserError(
+            f"train_dataset.drop_last = true leaves no step: {num_pairs} pairs, batch_size {config.train_dataset.batch_size}"
+        )
+    total = per_epoch * config.total_train_epochs
+    return min(total, config.total_train_steps) if config.total_train_steps else total
+
+
+def steps_per_epoch(config: Config, num_pairs: int) -> int:
+    """Steps of one pass over the pairs; the last one runs short unless `drop_last`."""
+    size = config.train_dataset.batch_size
+    return num_pairs // size if config.train_dataset.drop_last else -(-num_pairs // size)
+
+
+def step_rows(config: Config, num_pairs: int, step: int) -> np.ndarray:
+    """Rows of the store that optimizer step `step` (from 1) trains on; depends on nothing but its arguments."""
+    per_epoch = steps_per_epoch(config, num_pairs)
+    epoch, at = divmod(step - 1, per_epoch)
+    order = np.arange(num_pairs)
+    if config.train_dataset.shuffle:
+        order = np.random.default_rng([config.seed, epoch]).permutation(num_pairs)
+    size = config.train_dataset.batch_size
+    return order[at * size : (at + 1) * size]
+
+
+def learning_rate(step: int, total: int, optimizer: Any) -> float:
+    """Learning rate of step `step` in 1..total.
+
+    Warm-up is lr * k / W over W = ceil(warmup_steps_proportion * total) steps (never 0 at k >= 1); then
+    `constant`, or `linear` / `cosine` down to min_lr_ratio * lr, reached at the last step.
+    """
+    warmup = math.ceil(optimizer.warmup_steps_proportion * total - 1e-9)
+    if step <= warmup:
+        return optimizer.lr * step / warmup
+    if optimizer.lr_scheduler_type == "constant":
+        return optimizer.lr
+    done = (step - warmup) / max(1, total - warmup)
+    left = 0.5 * (1 + math.cos(math.pi * done)) if optimizer.lr_scheduler_type == "cosine" else 1 - done
+    return optimizer.lr * (optimizer.min_lr_ratio + (1 - optimizer.min_lr_ratio) * left)
+
+
+def micro_batches(
+    engine: Engine, store: PairStore, rows: Sequence[int], max_tokens: int
+) -> Iterator[MicroBatch]:
+    """This rank's micro-batches of the given rows, on the device; as many on every rank.
+
+    A rank that has no pair for one of them runs the first row with weight 0.
+    """
+    share, world = engine.config.actor.share_prompt, engine.world
+    costs = [pair_cost(store.lengths(int(r)), share) for r in rows]
+    for members in plan_step(costs, world.size, max_tokens)[world.rank]:
+        picked = [int(rows[i]) for i in members] or [int(rows[0])]
+        weights = [1.0] * len(members) or [0.0]
+        yield pack([store.pair(r) for r in picked], picked, share=share, weights=weights).to(world.device)
+
+
+# --- one micro-batch -----------------------------------------------------------------------------------------
+
+
+def response_logps(model: PairModel, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    """Summed log-probs of the chosen and the rejected responses, in nats. Shapes: (P,), (P,), float64"""
+    return response_sums(model(batch), batch)
+
+
+def reference_logps(engine: Engine, batch: MicroBatch, values: np.ndarray | None) -> tuple[Tensor, Tensor]:
+    """The reference's log-probs of a micro-batch: from the cache's `values` or from the resident model."""
+    if values is not None:
+        picked = torch.from_numpy(values[batch.rows]).to(engine.world.device)
+        return picked[:, 0], picked[:, 1]
+    assert engine.ref_model is not None
+    with torch.no_grad():
+        return response_logps(engine.ref_model, batch)
+
+
+def pair_terms(
+    engine: Engine, batch: MicroBatch, policy: tuple[Tensor, Tensor], ref: tuple[Tensor, Tensor]
+) -> dict:
+    """Loss and rewards of each pair of a micro-batch; every value is (P,) float64."""
+    actor = engine.config.actor
+    loss = preference_loss(
+        *policy,
+        *ref,
+        beta=actor.beta,
+        loss_type=actor.loss_type,
+        chosen_lens=batch.lens[0::2],
+        rejected_lens=batch.lens[1::2],
+        label_smoothing=actor.label_smoothing,
+    )
+    return {
+        "loss": loss,
+        "chosen_reward": implicit_rewards(policy[0], ref[0], beta=actor.beta),
+        "rejected_reward": implicit_rewards(policy[1], ref[1], beta=actor.beta),
+    }
+
+
+def sums_of(batch: MicroBatch, policy: tuple[Tensor, Tensor], terms: dict[str, Tensor]) -> Tensor:
+    """What a micro-batch adds to the step's metrics, in the order of `metrics.SUMS`. Shape: (12,), float64"""
+    weights = batch.weights
+    margin = terms["chosen_reward"] - terms["rejected_reward"]
+    columns = [
+        torch.ones_like(weights),
+        terms["loss"].detach(),
+        terms["chosen_reward"],
+        terms["rejected_reward"],
+        (margin > 0).double(),
+        (margin == 0).double(),
+        policy[0].detach(),
+        policy[1].detach(),
+        (policy[0] > policy[1]).double(),
+    ]
+    sums = [(weights * column).sum() for column in columns]
+    tokens = [float(batch.data_tokens), float(batch.input_ids.shape[1]), 0.0]
+    rest = torch.tensor(tokens, dtype=torch.float64, device=weights.device) * (weights.sum() > 0)
+    return torch.cat([torch.stack(sums), rest])
+
+
+# --- a step, an evaluation, a pass of the reference --------------------------------------------------------------
+
+
+def train_step(
+    engine: Engine, optimizer: torch.optim.Optimizer, rows: Sequence[int], lr: float
+) -> tuple[Tensor, Tensor]:
+    """One optimizer step on the given rows.
+
+    Returns:
+        Sums over this rank's pairs (12,) and the global gradient norm before clipping, a scalar. When it is
+        not finite, no weight and no optimizer state has changed, on any rank.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    sums = torch.zeros(len(names.SUMS), dtype=torch.float64, device=engine.world.device)
+    for batch in micro_batches(engine, engine.train, rows, engine.max_tokens):
+        ref = reference_logps(engine, batch, engine.ref_train)
+        policy = response_logps(engine.policy, batch)
+        terms = pair_terms(engine, batch, policy, ref)
+        ((terms["loss"] * batch.weights).sum() / len(rows)).backward()
+        sums += sums_of(batch, policy, terms)
+    params = [p for g in optimizer.param_groups for p in g["params"]]
+    norm = grad_norm(params)
+    clip = engine.config.actor.optimizer.gradient_clipping
+    if clip:
+        torch.nn.utils.clip_grads_with_norm_(params, clip, norm)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
+    optimizer.step()
+    return sums, norm
+
+
+@torch.no_grad()
+def reference_pass(
+    engine: Engine,
+    model: PairModel,
+    store: PairStore,
+    rows: Sequence[int],
+    *,
+    done: int = 0,
+    total: int | None = None,
+) -> np.ndarray:
+    """Log-probs of `rows` under `model`, spread over the ranks; the same array on every rank.
+
+    Args:
+        done: pairs of earlier calls, for the progress shown.
+        total: pairs of all calls; these rows when left out.
+
+    Returns:
+        Chosen and rejected sums in nats. Shape: (len(rows), 2), float64
+    """
+    values = torch.zeros(len(rows), 2, dtype=torch.float64, device=engine.world.device)
+    position = {int(r): i for i, r in enumerate(rows)}
+    for here, batch in _chunked(engine, store, rows):
+        engine.progress("reference pass", done + here, total or len(rows))
+        logps = torch.stack(response_logps(model, batch), 1) * batch.weights[:, None]
+        values.index_add_(0, torch.tensor([position[r] for r in batch.rows], device=values.device), logps)
+    return engine.world.sum(values).cpu().numpy()
+
+
+@torch.no_grad()
+def evaluate(
+    engine: Engine, *, at_reference: bool = False
+) -> tuple[dict[str, float | None], list[dict[str, Any]]]:
+    """Held-out metrics over all pairs of the validation store, and one record for each pair.
+
+    Args:
+        at_reference: policy and reference are known to be equal: the reference's values serve for both.
+
+    Returns:
+        `dpo-eval/*` means with `dpo-eval/num_pairs`, and per pair what `dpo-kit score` prints, in store order;
+        both the same on every rank.
+    """
+    store, values = engine.valid, engine.ref_valid
+    assert store is not None
+    engine.policy.eval()
+    sums = torch.zeros(len(names.SUMS), dtype=torch.float64, device=engine.world.device)
+    table = torch.zeros(len(store), 5, dtype=torch.float64, device=engine.world.device)
+    for done, batch in _chunked(engine, store, range(len(store))):
+        ref = reference_logps(engine, batch, values)
+        policy = ref if at_reference else response_logps(engine.policy, batch)
+        terms = pair_terms(engine, batch, policy, ref)
+        sums += sums_of(batch, policy, terms)
+        row = torch.stack([*policy, *ref, terms["loss"]], 1) * batch.weights[:, None]
+        table.index_add_(0, torch.tensor(batch.rows, device=table.device), row)
+        engine.progress("evaluation", done, len(store))
+    both = engine.world.sum(torch.cat([sums, table.flatten()])).cpu()
+    engine.policy.train()
+    found = names.means(both[: len(sums)].tolist(), "dpo-eval")
+    found["dpo-eval/num_pairs"] = len(store)
+    return found, pair_records(engine.config, store, both[len(sums) :].view(-1, 5).numpy())
+
+
+def pair_records(config: Config, store: PairStore, table: np.ndarray) -> list[dict[str, Any]]:
+    """One `dpo-kit score` line a pair.
+
+    Args:
+        table: policy chosen, policy rejected, ref chosen, ref rejected log-probs, loss. Shape: (P, 5)
+    """
+    records = []
+    for i, (pc, pr, rc, rr, loss) in enumerate(table.tolist()):
+        pair = store.pair(i)
+        start = max(int(pair.prompt), 1)
+        records.append(
+            {
+                "index": int(pair.index),
+                "prompt_tokens": int(pair.prompt),
+                "chosen_tokens": len(pair.chosen_ids) - start,
+                "rejected_tokens": len(pair.rejected_ids) - start,
+                "policy_chosen_logps": pc,
+                "policy_rejected_logps": pr,
+                "ref_chosen_logps": rc,
+                "ref_rejected_logps": rr,
+                "chosen_reward": config.actor.beta * (pc - rc),
+                "rejected_reward": config.actor.beta * (pr - rr),
+                "loss": loss,
+            }
+        )
+    return records
+
+
+def _chunked(engine: Engine, store: PairStore, rows: Sequence[int]) -> Iterator[tuple[int, MicroBatch]]:
+    """Forward-only micro-batches over many rows, with the number of rows done; stops between groups when asked."""
+    max_tokens = engine.max_tokens * FORWARD_FACTOR
+    by_length = sorted(rows, key=lambda r: -sum(store.lengths(int(r))))
+    group, tokens, done = [], 0, 0
+    for row in [*by_length, None]:
+        cost = 0 if row is None else pair_cost(store.lengths(int(row)), engine.config.actor.share_prompt)
+        if group and (row is None or tokens + cost > max_tokens * engine.world.size):
+            raise_if_stopped(engine)
+            done += len(group)
+            for batch in micro_batches(engine, store, group, max_tokens):
+                yield done, batch
+            group, tokens = [], 0
+        if row is not None:
+            group.append(int(row))
+            tokens += cost
+
+
+def raise_if_stopped(engine: Engine) -> None:
+    """Raises `Stopped` on every rank as soon as one was asked to stop. A collective (on the CPU)."""
+    flag = torch.tensor(float(engine.should_stop()))
+    if engine.world.size > 1:
+        dist.all_reduce(flag)
+    if flag > 0:
+        raise Stopped
+
+
+# --- the loop ------------------------------------------------------------------------------------------------
+
+
+def make_optimizer(engine: Engine) -> torch.optim.AdamW:
+    """AdamW as configured, fused, over the policy's parameters."""
+    o = engine.config.actor.optimizer
+    params = [p for p in engine.policy.parameters() if p.requires_grad]
+    return torch.optim.AdamW(
+        params, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=o.weight_decay, fused=True
+    )
+
+
+def train(engine: Engine, hooks: Hooks) -> int:
+    """Trains to the last step; returns the number of steps run.
+
+    Args:
+        hooks: what rank 0 writes and when to save; see `Hooks`.
+
+    Raises:
+        Stopped: a stop was asked for; the steps finished until then have been reported.
+        UserError: numbers that are not finite; weights are those of the last good step.
+    """
+    config, world, num_pairs = engine.config, engine.world, len(engine.train)
+    total, per_epoch = num_steps(config, num_pairs), steps_per_epoch(config, num_pairs)
+    optimizer = make_optimizer(engine)
+    if engine.valid is not None and config.evaluator.before_training:
+        hooks.evaluated(0, *evaluate(engine, at_reference=engine.policy_is_reference))
+    engine.policy.train()
+    for step in range(1, total + 1):
+        engine.progress("first step" if step == 1 else "training", step - 1, total, step=step - 1)
+        rows = step_rows(config, num_pairs, step)
+        start = time.perf_counter()
+        lr = learning_rate(step, total, config.actor.optimizer)
+        sums, norm = train_step(engine, optimizer, rows, lr)
+        sums[-1] = float(engine.should_stop())
+        values = world.sum(sums).tolist()
+        seconds = time.perf_counter() - start
+        record = {"step": step, **names.means(values, "dpo"), "lr": lr, "grad_norm": float(norm)}
+        check_finite(record)
+        if step == 1:
+            check_first_step(engine, record)
+        tokens = values[names.SUMS.index("data_tokens")]
+        hooks.stepped(
+            record
+            | {
+                "tokens_per_second": tokens / seconds,
+                "pairs_per_second": len(rows) / seconds,
+                "step_s": seconds,
+            }
+        )
+        engine.progress("training", step, total, step=step)
+        last = step == total
+        if engine.valid is not None and (last or hooks.due("evaluator", step, per_epoch)):
+            hooks.evaluated(step, *evaluate(engine))
+            engine.policy.train()
+        if not last and hooks.due("saver", step, per_epoch):
+            hooks.save(step)
+        if values[-1] > 0 and not last:
+            hooks.save(step)
+            raise Stopped
+    return total
+
+
+@dataclass
+class Hooks:
+    """What happens around the steps; called on every rank, at the same points."""
+
+    stepped: Callable[[dict[str, Any]], None]
+    evaluated: Callable[[int, dict[str, Any], list[dict[str, Any]]], None]
+    due: Callable[[str, int, int], bool]
+    save: Callable[[int], None]
+
+
+def check_finite(record: dict[str, Any]) -> None:
+    """Raises UserError when the loss or the gradient norm of a step is not a finite number."""
+    loss, norm = record["dpo/loss"], record["grad_norm"]
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise UserError(
+            f"step {record['step']}: loss {loss}, gradient norm {norm}; no weight was changed by this step. "
+            "Lower actor.optimizer.lr, or use actor.dtype=float32"
+        )
+
+
+def check_first_step(engine: Engine, record: dict[str, Any]) -> None:
+    """Before any update policy = reference, so the first loss is known; checks and prints it.
+
+    Raises:
+        UserError: the figure is off and `ref.first_step_check` is `error`.
+    """
+    config = engine.config
+    if (
+        not engine.policy_is_reference
+        or not config.actor.disable_dropout
+        or config.ref.first_step_check == "off"
+    ):
+        return
+    expected = loss_at_reference(config.actor.loss_type, config.actor.beta)
+    shift = abs(record["dpo/chosen_reward"]) + abs(record["dpo/rejected_reward"])
+    nats = shift / config.actor.beta
+    allowed = FIRST_STEP_NATS
+    if DTYPES[config.actor.dtype] == torch.bfloat16:
+        lengths = [sum(engine.train.lengths(r)[1:]) for r in range(min(len(engine.train), 512))]
+        allowed = FIRST_STEP_NATS_PER_TOKEN_BF16 * sum(lengths) / len(lengths)
+    text = (
+        f"first step: loss {record['dpo/loss']:.6f}, expected {expected:.6f} while policy = reference; "
+        f"mean difference of log-probs {nats:.2g} nats a response (allowed {allowed:.2g})"
+    )
+    if engine.world.is_main:
+        print(text, flush=True)
+    if nats > allowed and config.ref.first_step_check == "error":
+        raise UserError(
+            f"{text}: policy and reference do not compute the same; set ref.first_step_check=warn to go on"
+        )

@@ -1,0 +1,111 @@
+"""Log-probs of chosen tokens straight from hidden states, without a [tokens, vocabulary] tensor.
+
+Shape legend: T = scored tokens, D = hidden size, V = vocabulary, K = tokens of one chunk.
+
+`token_logps(hidden, weight, targets)` equals, forward and gradient,
+
+    torch.log_softmax((hidden @ weight.T).float(), -1).gather(-1, targets[:, None])[:, 0]
+
+(float64 stays float64), holding one chunk of [K, V] at a time: the forward keeps only log Z per token, the
+backward makes each chunk's logits again. Not here: which tokens are scored (`packing`), sums over a
+response, any sampling.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Elements of one [K, V] chunk: 32 Mi are 128 MiB in fp32; fewer rows a chunk make thin, slow matmuls.
+CHUNK_ELEMENTS = 1 << 25
+MIN_CHUNK_TOKENS = 64
+
+
+def chunk_tokens(num_tokens: int, vocab_size: int) -> int:
+    """Tokens of one chunk: as many as `CHUNK_ELEMENTS` holds, in equal parts."""
+    most = max(MIN_CHUNK_TOKENS, CHUNK_ELEMENTS // vocab_size)
+    num_chunks = max(1, -(-num_tokens // most))
+    return max(1, -(-num_tokens // num_chunks))
+
+
+def _upcast(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+class _TokenLogps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, size: int) -> Tensor:
+        logps, log_zs = [], []
+        for h, t in zip(hidden.split(size), targets.split(size), strict=True):
+            logits = _upcast(h @ weight.T)
+            log_z = torch.logsumexp(logits, -1)
+            logps.append(logits.gather(-1, t[:, None])[:, 0] - log_z)
+            log_zs.append(log_z)
+        ctx.size = size
+        ctx.save_for_backward(hidden, weight, targets, torch.cat(log_zs))
+        return torch.cat(logps)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        hidden, weight, targets, log_z = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden)
+        # Summed over chunks in at least fp32: bf16 running sums would lose the small late chunks.
+        grad_weight = _upcast(torch.zeros_like(weight)) if ctx.needs_input_grad[1] else None
+        for start in range(0, len(targets), ctx.size):
+            rows = slice(start, start + ctx.size)
+            h, t, g = hidden[rows], targets[rows], grads[0][rows, None]
+            # d logp / d logits = onehot(target) - softmax(logits)
+            grad_logits = _upcast(h @ weight.T).sub_(log_z[rows, None]).exp_().mul_(-g)
+            grad_logits.scatter_add_(-1, t[:, None], g.to(grad_logits.dtype))
+            grad_logits = grad_logits.to(weight.dtype)
+            torch.mm(grad_logits, weight, out=grad_hidden[rows])
+            if grad_weight is None:
+                continue
+            if grad_weight.dtype == weight.dtype:
+                grad_weight.addmm_(grad_logits.T, h)
+            else:
+                grad_weight += grad_logits.T @ h
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
+
+
+def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk: int | None = None) -> Tensor:
+    """log p(target) of each row; equals the plain code in the module's docstring.
+
+    Args:
+        hidden: hidden states that predict the targets. Shape: (T, D)
+        weight: output embedding. Shape: (V, D), same dtype as `hidden`
+        targets: token ids. Shape: (T,), int64
+        chunk: tokens of one chunk; chosen by `chunk_tokens` when left out. Any value gives the same result.
+
+    Returns:
+        Log-probs in nats, fp32 (float64 for float64 input). Shape: (T,)
+    """
+    if len(targets) == 0:
+        return (hidden.sum() + weight.sum()).reshape(1)[:0]
+    size = chunk or chunk_tokens(len(targets), weight.shape[0])
+    return _TokenLogps.apply(hidden, weight, targets, size)
+
+
+class LogprobHead(nn.Linear):
+    """The model's `lm_head`, able to answer with log-probs of given targets instead of logits.
+
+    It must be the module itself that computes them: under FSDP2 the weight is whole only inside its
+    module's forward.
+    """
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear) -> LogprobHead:
+        """Wraps an output layer, sharing its weight (so that tied weights stay tied)."""
+        if linear.bias is not None:
+            raise ValueError("an lm_head with a bias is not supported")
+        head = cls(linear.in_features, linear.out_features, bias=False, device="meta")
+        head.weight = linear.weight
+        return head
+
+    def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits (..., V), or with `targets` (T,) the log-probs (T,) of the rows of `hidden` (T, D)."""
+        if targets is None:
+            return super().forward(hidden)
+        return token_logps(hidden, self.weight, targets)

@@ -1,0 +1,126 @@
+"""Ranks, devices and FSDP2 sharding; the same calls on gloo (CPU) and NCCL (CUDA).
+
+What is sharded and in which order: the embedding, [norm, lm_head] in one group (with the embedding too when
+weights are tied), each decoder block, then the root. Master weights stay in fp32 (float64 when asked for),
+blocks compute in `dtype`, gradients are summed, never averaged, in fp32 or better: the loss is already divided
+by the global number of pairs.
+
+Not here: starting processes (`supervisor`), what is computed (`engine`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the ranks of a run."""
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sums a tensor over ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def barrier(self) -> None:
+        """Waits for every rank."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def init_world(*, cuda: bool, init_method: str | None = None) -> World:
+    """Joins the process group of the run; rank and size come from RANK and WORLD_SIZE.
+
+    Args:
+        cuda: NCCL on the device LOCAL_RANK, else gloo on the CPU.
+        init_method: torch.distributed address, by preference `file://...`, which opens no port.
+    """
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, init_method=init_method, rank=rank, world_size=size)
+    return World(rank, size, device, init_device_mesh(device.type, (size,), mesh_dim_names=("dp",)))
+
+
+def precision(dtype: torch.dtype) -> MixedPrecisionPolicy:
+    """Compute in `dtype`, reduce gradients in fp32 (float64 stays float64)."""
+    reduce_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduce_dtype)
+
+
+def shard(model: nn.Module, world: World, dtype: torch.dtype) -> nn.Module:
+    """Applies FSDP2 to a `model.PairModel`, in place.
+
+    Args:
+        model: a module whose `.lm` is a transformers causal language model, on any device, also meta.
+        dtype: what the blocks compute in.
+    """
+    options: dict[str, Any] = {"mesh": world.mesh, "mp_policy": precision(dtype)}
+    lm: Any = model.lm
+    body = lm.model
+    tied = lm.lm_head.weight is body.embed_tokens.weight
+    if tied:
+        fully_shard([body.embed_tokens, body.norm, lm.lm_head], reshard_after_forward=False, **options)
+    else:
+        fully_shard(body.embed_tokens, **options)
+        fully_shard([body.norm, lm.lm_head], reshard_after_forward=False, **options)
+    for block in body.layers:
+        fully_shard(block, reshard_after_forward=world.size > 1, **options)
+    fully_shard(model, reshard_after_forward=False, **options)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            with contextlib.suppress(AttributeError):
+                module.set_force_sum_reduction_for_comms(True)
+    return model
+
+
+def copy_into(param: Tensor, full: Tensor) -> None:
+    """Copies a whole tensor into a parameter that may be sharded: each rank takes its own rows."""
+    if isinstance(param, DTensor):
+        local = param.to_local()
+        rows = full.chunk(
+            param.device_mesh.size()
+        )  # as FSDP2 cuts: the last ranks may hold fewer rows or none
+        mine = param.device_mesh.get_local_rank()
+        if mine < len(rows) and local.numel():
+            local.copy_(rows[mine])
+    else:
+        param.copy_(full)
+
+
+def full_tensor(param: Tensor) -> Tensor:
+    """The whole tensor of a parameter that may be sharded. A collective: every rank calls it."""
+    return param.full_tensor() if isinstance(param, DTensor) else param.detach()
+
+
+def grad_norm(params: Sequence[nn.Parameter]) -> Tensor:
+    """Global L2 norm of the gradients, before clipping; a scalar on the device, without a host sync."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+    return full_tensor(norm)

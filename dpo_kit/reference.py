@@ -1,0 +1,98 @@
+"""The frozen reference's log-probs, kept on disk and shared by runs.
+
+    <fileroot>/.cache/reference/<weights and kernel key>/
+        values.npz   keys (N, 16) uint8: content key of each pair, sorted
+                     logps (N, 2) float64: summed log-probs of chosen and rejected, nats
+
+A pair's key is a hash of its two token arrays and of where scoring starts, so a changed row, tokenizer or
+boundary misses for exactly the pairs it changed; beta, loss_type and lr are no part of it. The folder's key is
+the weights' fingerprint, the dtype and the kernel. Not here: computing the values (`engine`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from dpo_kit.preferences import PairStore
+
+# Part of the folder's key: raised when the same weights may give other numbers.
+KERNEL = "packed-sdpa-1"
+VALUE_SHAPE = 2
+
+
+def pair_keys(store: PairStore) -> np.ndarray:
+    """Content key of every pair. Shape: (P, 16), uint8"""
+    keys = np.empty((len(store), 16), dtype=np.uint8)
+    for i in range(len(store)):
+        pair = store.pair(i)
+        digest = hashlib.blake2b(digest_size=16)
+        digest.update(np.int64([len(pair.chosen_ids), len(pair.rejected_ids), pair.prompt]).tobytes())
+        digest.update(np.asarray(pair.chosen_ids, dtype=np.int32).tobytes())
+        digest.update(np.asarray(pair.rejected_ids, dtype=np.int32).tobytes())
+        keys[i] = np.frombuffer(digest.digest(), dtype=np.uint8)
+    return keys
+
+
+def cache_folder(fileroot: Path, weights: str, dtype: str, *, share: bool) -> Path:
+    """Where the values of one reference live."""
+    kernel = f"{weights}:{dtype}:{KERNEL}:{'shared' if share else 'unshared'}"
+    return fileroot / ".cache" / "reference" / hashlib.sha256(kernel.encode()).hexdigest()[:16]
+
+
+def lookup(folder: Path, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Values of the pairs that the cache holds.
+
+    Args:
+        keys: from `pair_keys`. Shape: (P, 16)
+
+    Returns:
+        Log-probs (P, 2) float64, NaN where missing, and the mask (P,) of those found.
+    """
+    values = np.full((len(keys), VALUE_SHAPE), np.nan)
+    found = np.zeros(len(keys), dtype=bool)
+    held = _read(folder)
+    if held is None or not len(held[0]):
+        return values, found
+    have, logps = _sortable(held[0]), held[1]
+    want = _sortable(keys)
+    at = np.minimum(np.searchsorted(have, want), len(have) - 1)
+    found = have[at] == want
+    values[found] = logps[at[found]]
+    return values, found
+
+
+def add(folder: Path, keys: np.ndarray, values: np.ndarray) -> None:
+    """Merges values into the cache: the new files are written beside and renamed in, never half.
+
+    Two runs that add at once may each lose the other's rows, never mix them: what is lost is computed again.
+    """
+    held = _read(folder)
+    if held is not None:
+        keys, values = np.concatenate([held[0], keys]), np.concatenate([held[1], values])
+    order = np.unique(_sortable(keys), return_index=True)[1]
+    part = folder.with_name(f".{folder.name}-{os.getpid()}.part")
+    part.mkdir(parents=True, exist_ok=True)
+    np.savez(part / "values.npz", keys=keys[order], logps=values[order])
+    folder.mkdir(parents=True, exist_ok=True)
+    os.replace(part / "values.npz", folder / "values.npz")
+    shutil.rmtree(part)
+
+
+def _read(folder: Path) -> tuple[np.ndarray, np.ndarray] | None:
+    try:
+        with np.load(folder / "values.npz", allow_pickle=False) as held:
+            keys, logps = held["keys"], held["logps"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+    ok = keys.ndim == 2 and keys.shape[1] == 16 and logps.shape == (len(keys), VALUE_SHAPE)
+    return (keys, logps) if ok else None
+
+
+def _sortable(keys: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(keys).view([("high", ">u8"), ("low", ">u8")])[:, 0]
