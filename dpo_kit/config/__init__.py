@@ -10,6 +10,7 @@ Deliberately not here: torch, devices, tokenizers, data. The same configuration 
 from dpo_kit.config.backend import Backend, parse_backend
 from dpo_kit.config.checks import check, name_problem
 from dpo_kit.config.load import from_tree, load, to_tree, to_yaml
+from dpo_kit.config.parameters import from_notebook, parameter_names
 from dpo_kit.config.paths import BUILTIN_NAMES, find_path, project_root, resolve_path
 from dpo_kit.config.schema import Config, field_names
 from dpo_kit.config.values import read_list
@@ -21,9 +22,11 @@ __all__ = [
     "check",
     "field_names",
     "find_path",
+    "from_notebook",
     "from_tree",
     "load",
     "name_problem",
+    "parameter_names",
     "parse_backend",
     "project_root",
     "read_list",
