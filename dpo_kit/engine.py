@@ -26,7 +26,7 @@ from dpo_kit.errors import UserError
 from dpo_kit.losses import implicit_rewards, loss_at_reference, preference_loss
 from dpo_kit.model import PairModel
 from dpo_kit.packing import MicroBatch, pack, pair_cost, plan_step, response_sums
-from dpo_kit.parallel import DTYPES, World, grad_norm
+from dpo_kit.parallel import DTYPES, World, grad_norm, masters
 from dpo_kit.preferences import PairStore
 
 AUTO_MAX_TOKENS = 4096
@@ -340,9 +340,8 @@ def raise_if_stopped(engine: Engine) -> None:
 def make_optimizer(engine: Engine) -> torch.optim.AdamW:
     """AdamW as configured, fused, over the policy's parameters."""
     o = engine.config.actor.optimizer
-    params = [p for p in engine.policy.parameters() if p.requires_grad]
     return torch.optim.AdamW(
-        params, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=o.weight_decay, fused=True
+        list(masters(engine.policy).values()), lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=o.weight_decay, fused=True
     )
 
 

@@ -24,7 +24,7 @@ from dpo_kit.errors import UserError
 from dpo_kit.files import atomic_write, read_json
 from dpo_kit.logprobs import LogprobHead
 from dpo_kit.packing import MicroBatch
-from dpo_kit.parallel import World, copy_into, full_tensor, shard
+from dpo_kit.parallel import World, copy_into, full_tensor, masters, shard
 
 
 class PairModel(nn.Module):
@@ -217,10 +217,10 @@ def export(
         card: text of README.md.
     """
     state: dict[str, Tensor] = {}
-    for name, param in model.lm.named_parameters(remove_duplicate=True):
+    for name, param in masters(model).items():
         whole = full_tensor(param)
         if world.is_main:
-            state[name] = whole.detach().to("cpu", dtype)
+            state[name.removeprefix("lm.")] = whole.detach().to("cpu", dtype)
     if world.is_main:
         _write_folder(model.lm, state, folder, tokenizer, dtype, end_token_id, card)
     world.barrier()

@@ -101,6 +101,17 @@ def shard(model: nn.Module, world: World, dtype: torch.dtype) -> nn.Module:
     return model
 
 
+def reshard(model: nn.Module) -> None:
+    """Frees the gathered weights that a forward without backward leaves behind.
+
+    Until then `model.parameters()` are the gathered copies in the compute dtype, not the master weights:
+    an optimizer made or weights written at that moment would miss the masters.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def copy_into(param: Tensor, full: Tensor) -> None:
     """Copies a whole tensor into a parameter that may be sharded: each rank takes its own rows."""
     if isinstance(param, DTensor):
@@ -118,6 +129,14 @@ def copy_into(param: Tensor, full: Tensor) -> None:
 def full_tensor(param: Tensor) -> Tensor:
     """The whole tensor of a parameter that may be sharded. A collective: every rank calls it."""
     return param.full_tensor() if isinstance(param, DTensor) else param.detach()
+
+
+def masters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The sharded master weights by name, tied ones once."""
+    reshard(model)
+    params = dict(model.named_parameters(remove_duplicate=True))
+    assert all(isinstance(p, DTensor) for p in params.values()), "gathered weights are no masters"
+    return params
 
 
 def grad_norm(params: Sequence[nn.Parameter]) -> Tensor:
