@@ -177,8 +177,6 @@ def _devices(config: Config, backend: Backend) -> Iterator[str]:
 
 def _data(config: Config, fine: Fine) -> Iterator[str]:
     valid = config.valid_dataset
-    if fine("train_dataset.path") and not config.train_dataset.path.strip():
-        yield "train_dataset.path is empty; give a hub id, a file, or sample"
     if fine("saver.best", "valid_dataset") and config.saver.best and valid is None:
         yield "saver.best = true chooses by held-out pairs; add a valid_dataset, e.g. {from_train: 0.05}"
     if valid is None or not fine("valid_dataset.path", "valid_dataset.from_train"):

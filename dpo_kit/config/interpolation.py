@@ -37,7 +37,18 @@ def resolve(tree: dict[str, Any]) -> Resolved:
     found = Resolved({})
     readable = _without_bad_grammar(tree, "", found)
     found.tree = _section(OmegaConf.create(readable), readable, "", found)
+    for name in [name for name in found.problems if _repeats(name, found)]:
+        found.problems[name] = ""
     return found
+
+
+def _repeats(name: str, found: Resolved) -> bool:
+    """Whether a reference fails only because what it points at failed, which is said there."""
+    seen, at = set(), name
+    while at not in seen:
+        seen.add(at)
+        at = found.interpolated.get(at, "")[2:-1]
+    return found.interpolated.get(name, "")[2:-1] in found.problems and at != name
 
 
 def _is_reference(value: Any) -> bool:
@@ -97,4 +108,4 @@ def _first_line(error: BaseException) -> str:
     if missing:
         near = nearest(missing[1], schema.field_names())
         return f"there is no {missing[1]}" + (f"; did you mean ${{{near}}}?" if near else "")
-    return text
+    return re.sub(r"^\w+ raised while resolving interpolation: ", "", text).strip('"')

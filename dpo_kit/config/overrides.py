@@ -53,10 +53,13 @@ def parse_override(text: str) -> tuple[str, Any]:
     if hint is None or "${" in value or set(get_args(hint) or (hint,)) - {NoneType} == {str}:
         return name, (value if hint is not None or "${" in value else parse_scalar(value))
     try:
-        return name, parse_yaml(value)
-    except yaml.YAMLError as error:
-        problem = getattr(error, "problem", None) or "it is not YAML"
+        parsed = parse_yaml(value)
+    except (yaml.YAMLError, ValueError) as error:
+        problem = getattr(error, "problem", None) or error
         raise ValueError(f"{name} = {show(value)} cannot be read: {problem}") from None
+    if schema.section_type(hint) and not isinstance(parsed, dict | NoneType):
+        raise ValueError(f"{name} = {show(value)} is not a section; give {name}.key=value")
+    return name, parsed
 
 
 def _hint(name: str) -> Any:
@@ -98,10 +101,14 @@ def set_dotted(tree: dict[str, Any], name: str, value: Any) -> None:
                 f"{name} cannot be set because {here} is the reference {inner}; spell {here} out, or change "
                 "what it refers to"
             )
-        if not isinstance(inner, dict):
+        if inner is not None and not isinstance(inner, dict):
+            raise ValueError(
+                f"{'.'.join(sections[: i + 1])} = {show(inner)} is not a section; give keys and values"
+            )
+        if inner is None:
             inner = node[part] = {}
         node = inner
-    if isinstance(value, dict) and isinstance(node.get(leaf), dict | str) and value:
+    if isinstance(value, dict) and isinstance(node.get(leaf), dict | str):
         for key, inner in value.items():
             set_dotted(tree, f"{name}.{key}", inner)
     else:

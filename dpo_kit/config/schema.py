@@ -10,6 +10,7 @@ that needs a device, a tokenizer or the data itself.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache
 from typing import Any, get_args, get_type_hints
 
 from omegaconf import MISSING
@@ -25,7 +26,9 @@ def rule(default: Any, **allowed: Any) -> Any:
     Args:
         default: the default value; `MISSING` makes the field required.
         **allowed: `ge`, `gt`, `le`, `lt` bounds; `choices` a tuple of strings; `alias` other spellings and
-            what they mean; `words` strings that a numeric field takes as well; `why` a remark for the error.
+            what they mean; `words` strings that a numeric field takes as well; `blank` whether an empty text
+            means null (True) or is an error (False); `why` a remark for the error; `missing` the remedy where
+            a required field is not given.
     """
     return field(default=default, metadata=allowed)
 
@@ -66,7 +69,7 @@ class OptimizerConfig:
 @dataclass
 class ActorConfig:
     backend: str = "fsdp"
-    path: str = MISSING
+    path: str = rule(MISSING, missing="give a folder, a hub id, smollm2-135m-instruct or tiny-random")
     beta: float = rule(0.1, gt=0, why="typically 0.05 to 0.5")
     loss_type: str = rule("sigmoid", choices=LOSS_TYPES)
     label_smoothing: float = rule(0.0, ge=0, lt=0.5)
@@ -101,7 +104,7 @@ class RefConfig:
 
 @dataclass
 class DatasetConfig:
-    path: str = MISSING
+    path: str = rule(MISSING, missing="give a file, a hub id, or sample")
     type: str = rule("dpo", choices=("dpo",), why="chosen / rejected pairs")
     name: str | None = None  # ours: a hub dataset's configuration or data_dir
     split: str = "train"
@@ -175,7 +178,7 @@ class Config:
     """The whole configuration; after loading every interpolation is resolved and every field is set."""
 
     experiment_name: str = "dpo"
-    trial_name: str | None = None
+    trial_name: str | None = rule(None, blank=False)
     seed: int = rule(1, ge=0, le=2**32 - 1)
     total_train_epochs: int = rule(1, ge=1)
     total_train_steps: int | None = rule(None, ge=1)
@@ -236,6 +239,7 @@ def section_type(hint: Any) -> type | None:
     return None
 
 
+@cache
 def section_fields(cls: type) -> dict[str, tuple[Any, dict[str, Any]]]:
     """Field name -> (type hint, what `rule` recorded), in the order of declaration."""
     hints = get_type_hints(cls)

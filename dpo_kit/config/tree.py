@@ -113,9 +113,12 @@ def check_tree(given: dict[str, Any]) -> Walk:
     """
     missing = [name for name in schema.REQUIRED_SECTIONS if is_empty(given.get(name))]
     given = {key: value for key, value in given.items() if key not in missing}
-    walk = Walk(resolve(_over(_defaults(given), given)))
+    no_sections: dict[str, str] = {}
+    walk = Walk(resolve(_over(_defaults(given), given, "", no_sections)))
     for name in missing:
         walk.wrong(name, f"{name} is missing; {schema.REQUIRED_SECTIONS[name]}")
+    for name, problem in no_sections.items():
+        walk.wrong(name, problem)
     for name, problem in walk.resolved.problems.items():
         if schema.is_foreign(name):
             walk.ignored.append(schema.is_foreign(name) or name)
@@ -133,15 +136,25 @@ def _defaults(given: dict[str, Any]) -> dict[str, Any]:
     return defaults
 
 
-def _over(default: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """The given keys over the defaults; unknown ones stay, for the walk to report; a section set to null
-    at the top level takes its defaults."""
+def _over(
+    default: dict[str, Any], given: dict[str, Any], prefix: str, problems: dict[str, str]
+) -> dict[str, Any]:
+    """The given keys over the defaults of a section.
+
+    Unknown keys stay, for the walk to report. A top-level section set to null takes its defaults. What is
+    no section where one belongs becomes a problem and leaves the defaults, to which others may refer.
+    """
     out = dict(default)
     for key, value in given.items():
-        if isinstance(value, dict) and isinstance(default.get(key), dict):
-            out[key] = _over(default[key], value)
-        elif value is not None or key not in schema.section_fields(Config):
+        name = prefix + key
+        if not isinstance(default.get(key), dict):
             out[key] = value
+        elif isinstance(value, dict):
+            out[key] = _over(default[key], value, name + ".", problems)
+        elif isinstance(value, str) and "${" in value:
+            out[key] = value
+        elif value is not None or prefix:
+            problems[name] = f"{name} = {show(value)} is not a section; give it keys and values"
     return out
 
 
@@ -170,7 +183,7 @@ def _completed(cls: type, given: dict[str, Any], name: str, walk: Walk) -> dict[
     """A section with its defaults. Only one that was itself a reference still lacks any."""
     if name not in walk.resolved.interpolated:
         return given
-    filled = _over(dataclasses.asdict(cls()), given)
+    filled = _over(dataclasses.asdict(cls()), given, name + ".", {})
     for key, value in filled.items():
         if isinstance(value, str) and key not in given and value.startswith("${"):
             node: Any = walk.resolved.tree
@@ -188,7 +201,7 @@ def _check_field(
         if section in walk.bad:
             walk.bad.add(name)
         else:
-            walk.wrong(name, f"{name} is missing; give it a value")
+            walk.wrong(name, f"{name} is missing; {known[1].get('missing', 'give it a value')}")
         return
     if name == "tokenizer_path" and is_empty(value):
         return  # empty means actor.path, as its default does

@@ -59,6 +59,7 @@ Loader.yaml_implicit_resolvers = {
 # YAML 1.1 wants `5.0e-6`; the files are read exactly as papermill reads them, and a numeric field then
 # reads the text that is left over.
 _EXPONENT = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+")
+_NOT_FINITE = frozenset(sign + word for sign in ("", "+", "-") for word in ("nan", "inf", "infinity"))
 
 
 def parse_yaml(text: str) -> Any:
@@ -108,6 +109,8 @@ def coerce(value: Any, hint: Any, rule: dict[str, Any], interpolated: bool = Fal
         raise BadValue(f"is empty; give {_allowed(kinds, rule)}")
     if hint is Any:
         return value
+    if value == "" and NoneType in kinds and rule.get("blank", True):
+        return None
     kinds.discard(NoneType)
     if kinds == {str}:
         return _text(value, rule, interpolated)
@@ -119,11 +122,11 @@ def coerce(value: Any, hint: Any, rule: dict[str, Any], interpolated: bool = Fal
 
 def parse_scalar(text: str) -> Any:
     """What a string spells in YAML; the string itself when it spells nothing else."""
-    if _EXPONENT.fullmatch(text.strip()):
+    if _EXPONENT.fullmatch(text.strip()) or text.strip().lower() in _NOT_FINITE:
         return float(text)
     try:
         return parse_yaml(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # ValueError: a number of more digits than Python reads
         return text
 
 
@@ -135,6 +138,10 @@ def _text(value: Any, rule: dict[str, Any], interpolated: bool) -> str:
         value = alias[key]
     if interpolated and isinstance(value, int | float) and not isinstance(value, bool):
         value = str(value)
+    if isinstance(value, str) and not value.strip():
+        raise BadValue(f"is empty; give {_allowed({str}, rule)}")
+    if isinstance(value, str) and not value.isprintable():
+        raise BadValue("has control characters; leave them out")
     if not isinstance(value, str):
         raise BadValue(
             f"is {_kind(value)}, not text; put it in quotes (an override, and papermill -r, take it as it is)"
