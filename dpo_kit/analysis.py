@@ -180,17 +180,12 @@ def ranked(differences: np.ndarray) -> Share:
 def score_samples(
     samples: Sequence[Mapping[str, Any]], score: Callable[[str, str], float]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`score(question, answer)` of every sample, for the reference's and for the policy's answer."""
-    questions = [last_question(s["prompt"]) for s in samples]
-    before = [score(q, s["reference"]) for q, s in zip(questions, samples, strict=True)]
-    after = [score(q, s["policy"]) for q, s in zip(questions, samples, strict=True)]
-    return np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
-
-
-def last_question(prompt: str) -> str:
-    """What the human said last, from a prompt in the `\\n\\nHuman: ... \\n\\nAssistant:` layout."""
-    question = prompt.rsplit("\n\nHuman:", 1)[-1]
-    return question.rsplit("\n\nAssistant:", 1)[0].strip()
+    """`score(prompt, answer)` of every sample, for the reference's and for the policy's answer."""
+    before, after = (
+        np.asarray([score(s["prompt"], s[model]) for s in samples], dtype=np.float64)
+        for model in ("reference", "policy")
+    )
+    return before, after
 
 
 def best_and_worst(scores: Sequence[float], k: int = 3) -> tuple[list[int], list[int]]:

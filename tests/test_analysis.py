@@ -99,25 +99,14 @@ def test_evaluations_are_read_in_order_and_without_a_torn_line(tmp_path):
     assert analysis.evaluation_steps(tmp_path / "nothing") == []
 
 
-def test_samples_are_scored_on_the_last_question():
+def test_samples_are_scored_before_and_after():
     samples = [
-        {
-            "prompt": "\n\nHuman: a\n\nAssistant: b\n\nHuman: how?\n\nAssistant:",
-            "reference": "xx",
-            "policy": "xxxx",
-        },
-        {"prompt": "plain prompt", "reference": "y", "policy": ""},
+        {"prompt": "p", "reference": "xx", "policy": "xxxx"},
+        {"prompt": "qq", "reference": "y", "policy": ""},
     ]
-    seen = []
-
-    def score(question, answer):
-        seen.append(question)
-        return len(answer)
-
-    before, after = analysis.score_samples(samples, score)
-    assert before.tolist() == [2, 1]
-    assert after.tolist() == [4, 0]
-    assert seen == ["how?", "plain prompt"] * 2
+    before, after = analysis.score_samples(samples, lambda prompt, answer: 10 * len(prompt) + len(answer))
+    assert before.tolist() == [12, 21]
+    assert after.tolist() == [14, 20]
 
 
 def test_best_and_worst_never_overlap():
