@@ -1,0 +1,217 @@
+"""What the notebooks call: collect parameters, look at data, show figures and a run's tables.
+
+    from dpo_kit import launch, notebook as nb, plots
+    settings = nb.begin(globals())        prints root, fileroot, provenance, live runs
+    run = launch.start(settings); run.wait()
+    nb.show(plots.rewards(run)); nb.accuracy_table(run); nb.samples_table(run); nb.where(run)
+
+Deliberately not here: the tables themselves (`tables`), charts (`plots`), training (`launch`), HTML details
+(`display`).
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import shlex
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from dpo_kit import builtin, config, dataset, display, launch, plots, tables
+from dpo_kit.config import Config
+from dpo_kit.config.parameters import from_notebook, parameter_names
+from dpo_kit.display import Html
+from dpo_kit.preferences import PairStore
+from dpo_kit.runs import Run
+from dpo_kit.tables import accuracy_table, reading, samples_table, steps_table, where
+
+__all__ = [
+    "SWEEP_NAMES",
+    "accuracy_table",
+    "begin",
+    "collect",
+    "data_report",
+    "pairs",
+    "reading",
+    "samples_table",
+    "show",
+    "steps_table",
+    "where",
+]
+
+SWEEP_NAMES = ("betas", "loss_types", "lrs", "seeds")
+_INJECTED = "# Parameters"  # papermill's first line of the cell that it puts after the parameters cell
+
+
+# ---------------------------------------------------------------- the first cell
+
+
+def begin(namespace: Mapping[str, Any], *, extra: Collection[str] = ()) -> Config:
+    """Turns the notebook's parameters into a configuration and says where everything is and came from.
+
+    Args:
+        namespace: the notebook's `globals()`, or a plain dict of parameters.
+        extra: names that this notebook reads itself (`SWEEP_NAMES`).
+
+    Raises:
+        ConfigError: a name in the parameters cell, or injected by papermill, that no notebook knows (the
+            nearest one is named), or whatever is wrong with the configuration.
+    """
+    settings, provenance = from_notebook(collect(namespace, extra), extra=extra)
+    print(f"project root: {config.project_root()}")
+    print(f"runs go to:   {settings.cluster.fileroot}")
+    for line in provenance:
+        print(line)
+    print(_live_lines(Path(settings.cluster.fileroot)), flush=True)
+    return settings
+
+
+def collect(namespace: Mapping[str, Any], extra: Collection[str] = ()) -> dict[str, Any]:
+    """The parameters among a notebook's variables, unknown names of the parameters cells included.
+
+    papermill only warns about a name that the parameters cell does not have and injects it all the same, so
+    the names are read from the source of the cells: the last parameters cell that ran, and the cells that
+    papermill put after it. Variables of other cells are nobody's business.
+    """
+    cells = namespace.get("In")
+    if not isinstance(cells, list):
+        values = {k: v for k, v in namespace.items() if not k.startswith("_")}
+        return {k: v for k, v in values.items() if not isinstance(v, ModuleType) and not callable(v)}
+    known = {*parameter_names(), *extra}
+    names: list[str] = []
+    for source in reversed(cells):
+        assigned = _assigned(source)
+        if str(source).startswith(_INJECTED):
+            names += assigned
+        elif len(known & set(assigned)) >= 5:
+            names += assigned
+            break
+    return {name: namespace[name] for name in dict.fromkeys(reversed(names)) if name in namespace}
+
+
+def _assigned(source: str) -> list[str]:
+    """Names that a cell assigns at its top level; none for a cell that is not plain Python."""
+    try:
+        body = ast.parse(source).body
+    except (SyntaxError, ValueError):
+        return []
+    targets: list[ast.expr] = []
+    for node in body:
+        if isinstance(node, ast.Assign):
+            targets += node.targets
+        elif isinstance(node, ast.AnnAssign):
+            targets.append(node.target)
+    return [t.id for t in targets if isinstance(t, ast.Name)]
+
+
+def _live_lines(fileroot: Path) -> str:
+    lines = [f"  {_live_line(run)}" for run in launch.live(fileroot)]
+    return "\n".join(["live runs:", *lines]) if lines else "live runs:    none"
+
+
+def _live_line(run: Run) -> str:
+    status = run.status
+    age = _duration(time.time() - float(status.get("created_at") or time.time()))
+    step, total = status.get("step") or 0, status.get("total_steps")
+    where = f"step {step}" + (f" of {total}" if total else "")
+    return (
+        f"{run.name}: {where}, started {age} ago; stop it with: dpo-kit runs stop {shlex.quote(str(run.dir))}"
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+# ---------------------------------------------------------------- data
+
+
+def data_report(settings: Config) -> Html:
+    """Builds the pair stores (or finds them built) and shows what was kept, dropped, and is shared."""
+    train = _build(settings, "train")
+    cards = [display.card("Training pairs", display.preformatted(dataset.format_report(train)))]
+    if settings.valid_dataset is not None:
+        held_out = dataset.format_report(_build(settings, "valid"), train)
+        cards.append(display.card("Held-out pairs", display.preformatted(held_out)))
+    return display.stack(*cards)
+
+
+def _build(settings: Config, split: str) -> PairStore:
+    with _heartbeat(f"{split} pairs") as say:
+        builtin.ensure(settings.tokenizer_path or settings.actor.path, progress=say)
+        return dataset.build(
+            settings, split, progress=lambda done, total: say(f"{done} of {total or '?'} rows")
+        )
+
+
+@contextlib.contextmanager
+def _heartbeat(title: str, every_s: float = 3.0) -> Iterator[Callable[[str], None]]:
+    """While the body runs, prints a line now and then: what was said last, and for how long it has taken."""
+    over, said, begun = threading.Event(), [""], time.monotonic()
+
+    def beat() -> None:
+        while not over.wait(every_s):
+            print(f"{title}: {said[0] or 'working'}, {time.monotonic() - begun:.0f} s", flush=True)
+
+    thread = threading.Thread(target=beat, name=title, daemon=True)
+    thread.start()
+    try:
+        yield lambda text: said.__setitem__(0, text)
+    finally:
+        over.set()
+        thread.join()
+
+
+def pairs(store: PairStore, count: int = 3, start: int = 0) -> Html:
+    """Some pairs as text, the shared prefix (run once) set apart from what differs."""
+    tokenizer = tables.tokenizer_of(store)
+    shown = [_pair_card(store, i, tokenizer) for i in range(start, min(start + count, len(store)))]
+    legend = display.legend(
+        [
+            ("shared by both, run once", display.SHARED),
+            ("chosen", display.CHOSEN),
+            ("rejected", display.REJECTED),
+        ]
+    )
+    return display.stack(legend, *shown)
+
+
+def _pair_card(store: PairStore, i: int, tokenizer: Any) -> Html:
+    pair = store.pair(i)
+    prefix, chosen = _split_text(tokenizer, pair.chosen_ids, pair.shared)
+    _, rejected = _split_text(tokenizer, pair.rejected_ids, pair.shared)
+    left_out = len(prefix) - 1500
+    if left_out > 0:
+        prefix = f"({left_out} earlier characters) … {prefix[left_out:]}"
+    counts = (
+        f"row {pair.index}: {pair.shared} tokens shared, scored from token {pair.prompt}; "
+        f"chosen {len(pair.chosen_ids) - pair.shared} and rejected {len(pair.rejected_ids) - pair.shared} more"
+    )
+    sides = display.columns(
+        display.marked([(chosen, display.CHOSEN)]), display.marked([(rejected, display.REJECTED)])
+    )
+    return display.card(counts, display.marked([(prefix, display.SHARED)]), sides)
+
+
+def _split_text(tokenizer: Any, ids: np.ndarray, boundary: int) -> tuple[str, str]:
+    """Text before and after a token boundary; special tokens stay visible."""
+    prefix = tokenizer.decode(ids[:boundary].tolist())
+    whole = tokenizer.decode(ids.tolist())
+    if whole.startswith(prefix):
+        return prefix, whole[len(prefix) :]
+    return prefix, tokenizer.decode(ids[boundary:].tolist())
+
+
+def show(figure: Any) -> None:
+    """Displays a figure: interactive in a notebook, a picture in static viewers, one line elsewhere."""
+    from IPython.display import display as show_bundle
+
+    show_bundle(plots.mimebundle(figure), raw=True)

@@ -1,0 +1,250 @@
+"""A run's files as tables: steps, held-out accuracy against baselines, answers before and after, where it lies.
+
+Every function takes a `Run` and returns an `Html` fragment with a plain text twin; data in it is escaped.
+
+Deliberately not here: numbers (`analysis`, `baselines`), charts (`plots`), HTML details (`display`), anything
+that loads a model.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpo_kit import analysis, baselines, builtin, display, preferences, ranking, records
+from dpo_kit.config import Config
+from dpo_kit.display import Html
+from dpo_kit.preferences import PairStore
+from dpo_kit.runs import Run
+
+_PROMPT_CHARS, _ANSWER_CHARS = 400, 700
+
+
+def reading(run: Run) -> Html:
+    """The curves of a run in words."""
+    actor = run.config.actor
+    lines = analysis.reading(records.read_metrics(run.dir), loss_type=actor.loss_type, beta=actor.beta)
+    return display.stack(*(display.paragraph(line) for line in lines))
+
+
+def steps_table(run: Run, most: int = 12) -> Html:
+    """Loss and rewards over the steps; with more than `most` steps an even choice of them."""
+    lines = analysis.training_lines(records.read_metrics(run.dir))
+    picked = (
+        sorted({round(i) for i in np.linspace(0, len(lines) - 1, min(most, len(lines)))}) if lines else []
+    )
+    rows = [
+        [
+            lines[i]["step"],
+            f"{lines[i]['dpo/loss']:.3f}",
+            f"{lines[i]['dpo/chosen_reward']:+.3f}",
+            f"{lines[i]['dpo/rejected_reward']:+.3f}",
+            f"{lines[i]['dpo/reward_margin']:+.3f}",
+            _percent(lines[i]["dpo/reward_accuracy"]),
+        ]
+        for i in picked
+    ]
+    header = ["step", "loss", "chosen reward", "rejected reward", "margin", "accuracy"]
+    return display.table(header, rows, caption="training pairs; each step's loss is before its update")
+
+
+def _percent(value: float | None) -> str:
+    return analysis.UNDEFINED if value is None else f"{100 * value:.0f} %"
+
+
+def accuracy_table(run: Run) -> Html:
+    """Held-out accuracy before and after training, with 95 % intervals and what one gets without training."""
+    steps = analysis.evaluation_steps(run.dir)
+    if not steps:
+        return display.paragraph(
+            "No evaluation is on disk: set valid_dataset (and evaluator) to have held-out pairs."
+        )
+    first, last = steps[0], steps[-1]
+    before, after = (analysis.read_evaluation(run.dir, step) for step in (first, last))
+    trained = analysis.reward_accuracy(after)
+    rows = [
+        _share_row(f"reward accuracy, step {first}", analysis.reward_accuracy(before)),
+        _share_row(f"reward accuracy, step {last}", trained),
+        _share_row(f"raw log-prob accuracy, step {first}", analysis.logp_accuracy(before)),
+        _share_row(f"raw log-prob accuracy, step {last}", analysis.logp_accuracy(after)),
+    ]
+    rules = {"the reference's own log-prob": analysis.logp_accuracy(after, "ref"), **_text_rules(run)}
+    rows += [_share_row(f"without training: {name}", share) for name, share in rules.items()]
+    table = display.table(["held-out pairs", "right", "n", "accuracy", "95 % interval"], rows)
+    return display.stack(table, display.paragraph(_verdict(trained, rules)))
+
+
+def _share_row(name: str, share: analysis.Share) -> list[object]:
+    right = f"{share.correct:g}" if share.defined else "-"
+    return [name, right, share.n, share.percent, share.interval_percent]
+
+
+def _text_rules(run: Run) -> dict[str, analysis.Share]:
+    """The baselines that read the answers; none when the pair stores are not on this machine any more."""
+    stores = _stores(run)
+    if "valid" not in stores or "train" not in stores:
+        return {}
+    held_out, train = (_answers(stores[split]) for split in ("valid", "train"))
+    rule = baselines.best_threshold(train, held_out)
+    fitted = f"{100 * rule.train.correct / rule.train.n:.0f} % of the {rule.train.n} training pairs it was fitted on"
+    return {
+        "shorter wins": baselines.shorter_wins(held_out),
+        "longer wins": baselines.longer_wins(held_out),
+        f"best threshold on one feature ({rule}; {fitted})": rule.held_out,
+    }
+
+
+def _verdict(trained: analysis.Share, rules: Mapping[str, analysis.Share]) -> str:
+    if not trained.defined:
+        return "Every reward is a tie: the policy has not moved from the reference."
+    value = trained.correct / trained.n
+    ahead = [name for name, share in rules.items() if share.correct / share.n >= value]
+    if ahead:
+        return f"Training ({trained.percent}) does not beat: {'; '.join(ahead)}."
+    if len(rules) == 1:
+        return (
+            f"Training ({trained.percent}) beats the reference's own log-prob; the baselines that read the answers "
+            "are left out, because the pair stores of this run are not on this machine."
+        )
+    best = max((share.correct / share.n for share in rules.values()), default=0.0)
+    return (
+        f"Training ({trained.percent}) beats all {len(rules)} baselines; the best reaches {100 * best:.1f} %."
+    )
+
+
+def tokenizer_of(store: PairStore) -> Any:
+    """The tokenizer that the pairs of a store were made with."""
+    return builtin.load_tokenizer(builtin.ensure(store.tokenizer_path))
+
+
+def _stores(run: Run) -> dict[str, PairStore]:
+    path = run.dir / "data.json"
+    folders = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return {split: preferences.open_store(f) for split, f in folders.items() if f and Path(f).is_dir()}
+
+
+def _answers(store: PairStore) -> list[tuple[baselines.Answer, baselines.Answer]]:
+    tokenizer = tokenizer_of(store)
+    whole = [store.pair(i) for i in range(len(store))]
+    return [
+        (_answer(tokenizer, p.chosen_ids, p.context), _answer(tokenizer, p.rejected_ids, p.context))
+        for p in whole
+    ]
+
+
+def _answer(tokenizer: Any, ids: np.ndarray, context: int) -> baselines.Answer:
+    own = ids[context:].tolist()
+    text = tokenizer.decode(own, skip_special_tokens=True)
+    return baselines.Answer(text, len(own), own[0] if own else -1)
+
+
+# ---------------------------------------------------------------- samples
+
+
+def samples_table(run: Run, count: int = 4) -> Html:
+    """Held-out prompts answered before and after training; the ranking rule's score where it applies."""
+    samples = analysis.read_lines(run.dir / "samples.jsonl")
+    if not samples:
+        note = run.status.get("samples") or "evaluator.num_samples is 0, or there was no prompt"
+        return display.paragraph(f"No samples: {note}.")
+    if not _rule_applies(run.config):
+        why = (
+            "The ranking rule scores only the embedded sample, which it ranked; these answers carry no score."
+        )
+        return display.stack(_answers_table(samples[:count], None), display.paragraph(why))
+    before, after = analysis.score_samples(samples, ranking.score)
+    scores = list(zip(before.tolist(), after.tolist(), strict=True))
+    best, worst = analysis.best_and_worst(after.tolist())
+    said = [display.paragraph(_rule_line(before, after))]
+    return display.stack(
+        _answers_table(
+            samples[:count], scores[:count], caption=f"the first {count} of {len(samples)} held-out prompts"
+        ),
+        *said,
+        _answers_table(
+            [samples[i] for i in best], [scores[i] for i in best], caption="best answers after training"
+        ),
+        _answers_table(
+            [samples[i] for i in worst], [scores[i] for i in worst], caption="worst answers after training"
+        ),
+    )
+
+
+def _rule_line(before: np.ndarray, after: np.ndarray) -> str:
+    if len(before) < 2:
+        return f"The ranking rule scores {before.mean():.3f} before and {after.mean():.3f} after (one prompt only)."
+    paired = analysis.paired_interval(before, after)
+    verdict = "above 0" if paired.low > 0 else "below 0" if paired.high < 0 else "includes 0"
+    return (
+        f"The ranking rule's score over {paired.n} held-out prompts: {paired}; the interval {_lies(verdict)}."
+    )
+
+
+def _lies(verdict: str) -> str:
+    return verdict if verdict.startswith("includes") else f"lies {verdict}"
+
+
+def _rule_applies(settings: Config) -> bool:
+    paths = {settings.train_dataset.path, settings.valid_dataset.path if settings.valid_dataset else None}
+    return paths <= {"sample", None}
+
+
+def _answers_table(
+    samples: Sequence[Mapping[str, Any]], scores: Sequence[tuple[float, float]] | None, caption: str = ""
+) -> Html:
+    header = ["prompt", "reference (before)", "policy (after)"]
+    rows: list[list[object]] = [
+        [
+            _tail(s["prompt"], _PROMPT_CHARS),
+            _clip(s["reference"], _ANSWER_CHARS),
+            _clip(s["policy"], _ANSWER_CHARS),
+        ]
+        for s in samples
+    ]
+    if scores is not None:
+        header += ["rule before", "rule after"]
+        rows = [[*row, f"{b:+.2f}", f"{a:+.2f}"] for row, (b, a) in zip(rows, scores, strict=True)]
+    return display.table(header, rows, caption=caption)
+
+
+def _tail(text: str, limit: int) -> str:
+    text = text.strip()
+    return text if len(text) <= limit else "… " + text[-limit:]
+
+
+def _clip(text: str, limit: int) -> str:
+    text = text.strip()
+    return text if len(text) <= limit else text[:limit] + " …"
+
+
+# ---------------------------------------------------------------- where things are
+
+
+def where(run: Run) -> Html:
+    """The files of a run, and what one can do next."""
+    listed = (
+        ("config.yaml", "the whole configuration, resolved"),
+        ("manifest.json", "versions, seeds, hardware, fingerprints, the command that repeats it"),
+        ("metrics.jsonl", "every step and evaluation, one line each"),
+        ("evaluations", "every held-out pair at each evaluation"),
+        ("samples.jsonl", "the answers before and after"),
+        ("model", "the trained model, a Hugging Face folder"),
+        ("tensorboard", "the same numbers for TensorBoard"),
+        ("logs", "what each rank printed"),
+    )
+    rows = [[str(run.dir / name), what] for name, what in listed if (run.dir / name).exists()]
+    folder = shlex.quote(str(run.dir))
+    commands = [
+        ["ask the trained model", f'dpo-kit sample {folder} --prompt "How do I start a vegetable garden?"'],
+        ["look at the run again", f"dpo-kit runs show {folder}"],
+        ["watch it in TensorBoard", f"tensorboard --logdir {shlex.quote(str(run.dir / 'tensorboard'))}"],
+        ["try other values", "open notebooks/sweep.ipynb, or set beta, loss_type and lr above and run again"],
+    ]
+    return display.stack(
+        display.table(["on disk", "what it is"], rows), display.table(["next", "how"], commands)
+    )

@@ -1,0 +1,166 @@
+"""What the notebooks call: parameters out of cells, the first lines, pairs as text, a heartbeat."""
+
+from __future__ import annotations
+
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dpo_kit import config, notebook, preferences, tables
+from dpo_kit.config.parameters import parameter_names
+from dpo_kit.errors import ConfigError
+
+CELL = "\n".join(f"{name} = None" for name in parameter_names())
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    (tmp_path / "params").mkdir()
+    text = "actor: {path: tiny-random}\nref: {path: '${actor.path}'}\ntrain_dataset: {path: sample}\n"
+    for name in ("demo", "other"):
+        (tmp_path / "params" / f"{name}.yaml").write_text(text + f"experiment_name: {name}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(notebook.launch, "live", lambda fileroot: [])
+    return tmp_path
+
+
+def namespace(*cells: str) -> dict:
+    """A notebook's globals after these cells ran."""
+    shell: dict = {
+        "In": ["", *cells],
+        "Out": {},
+        "exit": object(),
+        "_ih": [],
+        "np": np,
+        "launch": notebook.launch,
+    }
+    for cell in cells:
+        if not cell.startswith("%"):
+            exec(cell, shell)
+    return shell
+
+
+def test_parameters_come_from_the_parameters_cell_and_what_papermill_put_after_it():
+    found = notebook.collect(
+        namespace("import os", CELL, "# Parameters\nbeta = 0.2\nactor = {'path': 'x'}\n")
+    )
+    assert found["beta"] == 0.2
+    assert found["actor"] == {"path": "x"}
+    assert set(found) == set(parameter_names())
+
+
+def test_a_name_that_papermill_injected_and_nobody_knows_is_found(project):
+    cells = namespace(CELL, "# Parameters\nbetta = 0.1\n")
+    with pytest.raises(ConfigError, match="betta is not a parameter of this notebook; did you mean beta"):
+        notebook.begin(cells)
+
+
+def test_a_misspelt_name_in_the_cell_itself_is_found(project):
+    with pytest.raises(ConfigError, match="did you mean beta"):
+        notebook.begin(namespace(CELL.replace("beta = None", "betta = 0.1")))
+
+
+def test_variables_of_other_cells_are_nobodys_business(project):
+    cells = namespace(
+        "%matplotlib inline", CELL, "run = 1\nsettings = 2\nbetta_result = 3", "not python at all ???"[:0]
+    )
+    assert set(notebook.collect(cells)) == set(parameter_names())
+    assert notebook.begin(cells).experiment_name == "demo"
+
+
+def test_only_the_last_parameters_cell_counts():
+    # a person misspelt a name, saw the error, and mended the cell; the old variable is still in the kernel
+    cells = namespace(CELL + "\nbetta = 0.1", CELL.replace("beta = None", "beta = 0.3"))
+    found = notebook.collect(cells)
+    assert "betta" not in found
+    assert found["beta"] == 0.3
+
+
+def test_a_plain_dict_will_do(project):
+    with pytest.raises(ConfigError, match="did you mean beta"):
+        notebook.begin({"betta": 0.1})
+    given = {"beta": 0.2, "config": "params/other.yaml", "np": np, "helper": len, "_x": 1}
+    assert notebook.begin(given).actor.beta == 0.2
+
+
+def test_sweep_lists_are_known_where_the_notebook_says_so(project):
+    cells = namespace(CELL + "\nbetas = [0.1]")
+    with pytest.raises(ConfigError, match="betas is not a parameter"):
+        notebook.begin(cells)
+    assert notebook.begin(cells, extra=notebook.SWEEP_NAMES).actor.beta == 0.1
+
+
+def test_the_first_lines_say_root_fileroot_origin_and_live_runs(project, capsys, monkeypatch):
+    status = {"created_at": 0.0, "step": 7, "total_steps": 50}
+    run = types.SimpleNamespace(name="demo/brave-fox", status=status, dir=Path("/runs/demo/brave fox"))
+    monkeypatch.setattr(notebook.launch, "live", lambda fileroot: [run])
+    notebook.begin({"beta": 0.2})
+    out = capsys.readouterr().out
+    assert f"project root: {config.project_root()}" in out
+    assert f"runs go to:   {project / 'runs'}" in out
+    assert "configuration: params/demo.yaml" in out
+    assert "actor.beta = 0.2 (from beta)" in out
+    assert "demo/brave-fox: step 7 of 50, started" in out
+    assert "dpo-kit runs stop '/runs/demo/brave fox'" in out
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(5, "5 s"), (600, "10 min"), (9000, "2.5 h")])
+def test_ages_are_readable(seconds, text):
+    assert notebook._duration(seconds) == text
+
+
+class Letters:
+    """A tokenizer whose token ids are characters; id 0 is the end token."""
+
+    def decode(self, ids, skip_special_tokens=False):
+        return "".join("" if skip_special_tokens and i == 0 else "<end>" if i == 0 else chr(i) for i in ids)
+
+
+def store_of(folder, pairs, context=2):
+    texts = [([*map(ord, c), 0], [*map(ord, r), 0]) for c, r in pairs]
+    shared = [preferences.longest_common_prefix(c, r) for c, r in texts]
+    arrays = {
+        "chosen_ids": np.concatenate([c for c, _ in texts]),
+        "chosen_offsets": np.cumsum([0] + [len(c) for c, _ in texts]),
+        "rejected_ids": np.concatenate([r for _, r in texts]),
+        "rejected_offsets": np.cumsum([0] + [len(r) for _, r in texts]),
+        "shared": np.array(shared),
+        "prompt": np.array(shared),
+        "context": np.full(len(texts), context),
+        "index": np.arange(len(texts)),
+    }
+    return preferences.write_store(folder, arrays, {"tokenizer": {"path": "letters"}, "report": {}})
+
+
+def test_pairs_mark_the_shared_prefix_and_are_escaped(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "tokenizer_of", lambda store: Letters())
+    store = store_of(
+        tmp_path / "s", [("Q: a<b>", "Q: a<i>"), ("same start", "same end"), ("x", "y")], context=0
+    )
+    shown = notebook.pairs(store, count=2)
+    assert "row 0: 5 tokens shared, scored from token 5; chosen 3 and rejected 3 more" in shown.text
+    assert "row 1: 5 tokens shared" in shown.text
+    assert "row 2" not in shown.text
+    assert "<b>" not in shown.markup
+    assert "Q: a&lt;</span>" in shown.markup
+    assert "b&gt;&lt;end&gt;</span>" in shown.markup
+    assert "row 2" in notebook.pairs(store, count=9, start=2).text
+
+
+def test_a_long_prefix_is_cut_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "tokenizer_of", lambda store: Letters())
+    shown = notebook.pairs(store_of(tmp_path / "s", [("x" * 2000 + "a", "x" * 2000 + "b")]))
+    assert "(500 earlier characters)" in shown.text
+
+
+def test_a_heartbeat_breaks_long_silence_and_ends_with_the_work(capsys):
+    import threading
+    import time
+
+    with notebook._heartbeat("build pairs", every_s=0.02) as say:
+        say("12 of 40 rows")
+        time.sleep(0.1)
+    assert "build pairs: 12 of 40 rows, 0 s" in capsys.readouterr().out
+    assert not any(t.name == "build pairs" for t in threading.enumerate())
