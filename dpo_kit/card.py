@@ -5,6 +5,7 @@ Numbers and settings only, no text from the data. Not here: writing files.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 from dpo_kit import config as config_module
@@ -20,7 +21,7 @@ def sparkline(values: list[float], width: int = 48) -> str:
         return ""
     width = min(width, len(values))
     edges = [round(i * len(values) / width) for i in range(width + 1)]
-    parts = [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
+    parts = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
     low, span = min(parts), max(parts) - min(parts)
     return "".join(BLOCKS[int((v - low) / span * (len(BLOCKS) - 1) + 0.5) if span else 0] for v in parts)
 

@@ -72,7 +72,8 @@ def num_steps(config: Config, num_pairs: int) -> int:
     per_epoch = steps_per_epoch(config, num_pairs)
     if per_epoch == 0:
         raise UserError(
-            f"train_dataset.drop_last = true leaves no step: {num_pairs} pairs, batch_size {config.train_dataset.batch_size}"
+            f"train_dataset.drop_last = true leaves no step: {num_pairs} pairs, "
+            f"train_dataset.batch_size = {config.train_dataset.batch_size}; use {num_pairs} or less"
         )
     total = per_epoch * config.total_train_epochs
     return min(total, config.total_train_steps) if config.total_train_steps else total
@@ -341,7 +342,12 @@ def make_optimizer(engine: Engine) -> torch.optim.AdamW:
     """AdamW as configured, fused, over the policy's parameters."""
     o = engine.config.actor.optimizer
     return torch.optim.AdamW(
-        list(masters(engine.policy).values()), lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=o.weight_decay, fused=True
+        list(masters(engine.policy).values()),
+        lr=o.lr,
+        betas=(o.beta1, o.beta2),
+        eps=o.eps,
+        weight_decay=o.weight_decay,
+        fused=True,
     )
 
 

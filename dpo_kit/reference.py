@@ -86,7 +86,7 @@ def add(folder: Path, keys: np.ndarray, values: np.ndarray) -> None:
 
 def _read(folder: Path) -> tuple[np.ndarray, np.ndarray] | None:
     try:
-        with np.load(folder / "values.npz", allow_pickle=False) as held:
+        with open(folder / "values.npz", "rb") as file, np.load(file, allow_pickle=False) as held:
             keys, logps = held["keys"], held["logps"]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None

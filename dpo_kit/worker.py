@@ -124,7 +124,7 @@ def run(run_dir: Path, world: World, should_stop: Any) -> None:
     valid = open_store(Path(data["valid"])) if data.get("valid") else None
     check_micro_batch(config, train)
     dtype = DTYPES[config.actor.dtype]
-    policy = _load(config, config.actor.path, config.actor.dtype, world, [train, valid], trainable=True)
+    policy = load_model(config, config.actor.path, config.actor.dtype, world, [train, valid], trainable=True)
     if config.actor.disable_dropout:
         model.disable_dropout(policy)
     state = Engine(
@@ -217,12 +217,13 @@ def prepare_reference(state: Engine, fileroot: Path) -> None:
 
 def _load_reference(state: Engine) -> model.PairModel:
     c = state.config
-    return _load(c, c.ref.path, c.ref.dtype, state.world, [state.train, state.valid], trainable=False)
+    return load_model(c, c.ref.path, c.ref.dtype, state.world, [state.train, state.valid], trainable=False)
 
 
-def _load(
+def load_model(
     config: Config, path: str, dtype: str, world: World, stores: list[PairStore | None], *, trainable: bool
 ) -> model.PairModel:
+    """The policy or the reference of a run, ready to score its pairs."""
     longest = max(max(s.lengths(i)[1:]) for s in stores if s is not None for i in range(len(s)))
     return model.load(
         builtin.ensure(path),

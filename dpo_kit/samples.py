@@ -1,0 +1,214 @@
+"""Prompts answered by the reference and by the policy, side by side: `python -m dpo_kit.samples RUN_DIR`.
+
+A process of its own: the weights are read back from the run's export through plain transformers, which also
+shows that the export loads; a failure here never fails the run. Prompts are token ids from the pair store, so
+they have the layout that the run was trained with. Reference and policy draw from the same seeds.
+
+Not here: judging answers (`ranking`, `analysis`), showing them (`notebook`).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpo_kit import builtin, processes, records
+from dpo_kit import config as config_module
+from dpo_kit.config import Config
+from dpo_kit.errors import UserError
+from dpo_kit.files import atomic_write, read_json, to_json
+from dpo_kit.model import snapshot
+from dpo_kit.parallel import DTYPES
+from dpo_kit.preferences import PairStore, open_store
+
+BATCH = 20
+
+
+def distinct_prompts(store: PairStore, most: int) -> list[tuple[list[int], int]]:
+    """The first `most` different prompts of a store, as (token ids, source row)."""
+    seen: dict[tuple[int, ...], int] = {}
+    for i in range(len(store)):
+        pair = store.pair(i)
+        ids = tuple(int(t) for t in pair.chosen_ids[: pair.context])
+        if ids and ids not in seen:
+            seen[ids] = pair.index
+        if len(seen) == most:
+            break
+    return [(list(ids), row) for ids, row in seen.items()]
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    end_ids: Sequence[int],
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    progress: Callable[[int], None] = lambda _: None,
+) -> list[list[int]]:
+    """New tokens for each prompt, without the end token.
+
+    Args:
+        model: a transformers causal language model.
+        prompts: token ids; batches are left-padded.
+        end_ids: tokens that end an answer.
+        temperature: 0 takes the likeliest token.
+        seed: batch b draws from seed + b, whatever the model.
+        progress: called with the number of prompts answered.
+    """
+    answers: list[list[int]] = []
+    for start in range(0, len(prompts), BATCH):
+        batch = prompts[start : start + BATCH]
+        width = max(map(len, batch))
+        ids = torch.tensor([[end_ids[0]] * (width - len(p)) + list(p) for p in batch])
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch])
+        torch.manual_seed(seed + start // BATCH)
+        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        out = model.generate(
+            ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            max_new_tokens=max_new_tokens,
+            eos_token_id=list(end_ids),
+            pad_token_id=end_ids[0],
+            **sampling,
+        )
+        for row in out[:, width:].tolist():
+            ends = [i for i, token in enumerate(row) if token in end_ids]
+            answers.append(row[: ends[0]] if ends else row)
+        progress(len(answers))
+    return answers
+
+
+def load_plain(path: str, dtype: str) -> Any:
+    """A model as anyone would load it from its folder, on the GPU when there is one."""
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        snapshot(path), dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False
+    )
+    # Sampling is stated in full by `generate`; defaults that a model ships (top_k, ...) must not mix in.
+    model.generation_config = GenerationConfig()
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def latest_export(run_dir: Path) -> Path:
+    """The newest weights of a run: `model/`, else the last of `exports/step-N/`.
+
+    Raises:
+        UserError: the run has written none yet.
+    """
+    steps = sorted((run_dir / "exports").glob("step-*"), key=lambda p: int(p.name.removeprefix("step-")))
+    for folder in [run_dir / "model", *reversed(steps)]:
+        if (folder / "config.json").is_file():
+            return folder
+    raise UserError(f"{run_dir} has no exported model yet; wait for the run to end, or set saver.freq_steps")
+
+
+def answer(
+    config: Config, run_dir: Path, prompts: list[list[int]], end_ids: list[int], progress: Any = lambda _: None
+) -> dict[str, list[list[int]]]:
+    """Answers of the run's reference and of its newest export, as token ids, under "reference" and "policy"."""
+    e = config.evaluator
+    found = {}
+    for i, (name, path, dtype) in enumerate(
+        (
+            ("reference", builtin.ensure(config.ref.path), config.ref.dtype),
+            ("policy", str(latest_export(run_dir)), config.actor.dtype),
+        )
+    ):
+        model = load_plain(path, dtype)
+        found[name] = generate(
+            model,
+            prompts,
+            end_ids=end_ids,
+            max_new_tokens=e.max_new_tokens,
+            temperature=e.temperature,
+            seed=e.samples_seed,
+            progress=lambda n, base=i * len(prompts): progress(base + n),
+        )
+        del model
+    return found
+
+
+def end_tokens(tokenizer: Any, store: PairStore | None) -> list[int]:
+    """What ends an answer: the token that the trained texts end in, and the tokenizer's EOS."""
+    trained = [int(store.pair(0).chosen_ids[-1])] if store is not None and len(store) else []
+    return list(dict.fromkeys(i for i in (*trained, tokenizer.eos_token_id) if i is not None))
+
+
+def write_samples(run_dir: Path) -> int:
+    """Answers held-out prompts (training prompts where there is no validation set) and writes `samples.jsonl`.
+
+    Returns:
+        Number of prompts answered.
+    """
+    config = config_module.load(run_dir / "config.yaml")
+    data = read_json(run_dir / "data.json")
+    store = open_store(Path(data.get("valid") or data["train"]))
+    picked = distinct_prompts(store, config.evaluator.num_samples)
+    if not picked:
+        return 0
+    prompts = [ids for ids, _ in picked]
+    tokenizer = builtin.load_tokenizer(builtin.ensure(config.tokenizer_path or config.actor.path))
+
+    def progress(done: int) -> None:
+        records.write_progress(run_dir, phase="samples", done=done, total=2 * len(prompts))
+
+    progress(0)
+    answers = answer(config, run_dir, prompts, end_tokens(tokenizer, store), progress)
+    lines = []
+    for i, (ids, row) in enumerate(picked):
+        line: dict[str, Any] = {"index": row, "seed": config.evaluator.samples_seed + i // BATCH}
+        line["prompt"] = tokenizer.decode(ids, skip_special_tokens=False)
+        for name in ("reference", "policy"):
+            line[name] = tokenizer.decode(answers[name][i], skip_special_tokens=True).strip()
+            line[f"{name}_tokens"] = len(answers[name][i])
+        lines.append(to_json(line) + "\n")
+    atomic_write(run_dir / "samples.jsonl", "".join(lines))
+    return len(lines)
+
+
+def ask(run_dir: Path, texts: Sequence[str]) -> list[dict[str, str]]:
+    """Answers a user's own prompts by reference and policy, in the layout the run was trained with.
+
+    Args:
+        texts: what a person would say; wrapped in the run's chat template or in HH-RLHF's plain layout.
+
+    Returns:
+        One `{"prompt", "reference", "policy"}` a text.
+    """
+    config = config_module.load(run_dir / "config.yaml")
+    data = read_json(run_dir / "data.json", {}) or {}
+    folder = Path(data["train"]) if data.get("train") else None
+    store = open_store(folder) if folder is not None and folder.is_dir() else None
+    tokenizer = builtin.load_tokenizer(builtin.ensure(config.tokenizer_path or config.actor.path))
+    layout = store.meta.get("layout") if store is not None else None
+    prompts = [prompt_ids(tokenizer, layout, text) for text in texts]
+    answers = answer(config, run_dir, prompts, end_tokens(tokenizer, store))
+    return [
+        {"prompt": text}
+        | {n: tokenizer.decode(answers[n][i], skip_special_tokens=True).strip() for n in ("reference", "policy")}
+        for i, text in enumerate(texts)
+    ]
+
+
+def prompt_ids(tokenizer: Any, layout: str | None, text: str) -> list[int]:
+    """Token ids that ask for an answer to `text`, in the layout of a pair store."""
+    if layout == "conversation":
+        messages = [{"role": "user", "content": text}]
+        rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return tokenizer(rendered, add_special_tokens=False).input_ids
+    if layout == "raw" and "\n\nHuman:" not in text:
+        text = f"\n\nHuman: {text}\n\nAssistant:"
+    return tokenizer(text).input_ids
+
+
+if __name__ == "__main__":
+    processes.die_with_parent()
+    write_samples(Path(sys.argv[1]))

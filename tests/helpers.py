@@ -1,0 +1,122 @@
+"""Small runs of the engine that tests and ranks share; importable, so that ranks can be sent here."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch.distributed as dist
+
+from dpo_kit import config as config_module
+from dpo_kit import engine, model, parallel, worker
+from dpo_kit.preferences import Pair, PairStore, longest_common_prefix, open_store, write_store
+
+VOCAB = 200
+
+
+def random_pairs(num_pairs: int, seed: int = 0, longest: int = 20) -> list[Pair]:
+    """Pairs of random tokens; prefixes of 0 to 30 tokens, responses of 1 to `longest`."""
+    rng = np.random.default_rng(seed)
+    pairs = []
+    for i in range(num_pairs):
+        prefix = rng.integers(3, VOCAB, rng.integers(0, 30))
+        chosen, rejected = (rng.integers(3, VOCAB, rng.integers(1, longest)) for _ in range(2))
+        rejected[0] = chosen[0] + 1
+        chosen_ids = np.concatenate([prefix, chosen]).astype(np.int32)
+        rejected_ids = np.concatenate([prefix, rejected]).astype(np.int32)
+        shared = longest_common_prefix(chosen_ids, rejected_ids)
+        pairs.append(Pair(chosen_ids, rejected_ids, shared, max(shared - i % 3, 0), shared, i))
+    return pairs
+
+
+def store_of(pairs: list[Pair], folder: Path) -> PairStore:
+    """Writes pairs as a store and opens it."""
+    offsets = [np.cumsum([0, *(len(ids) for ids in texts)]) for texts in both_texts(pairs)]
+    flat = [np.concatenate(texts) for texts in both_texts(pairs)]
+    arrays = {
+        "chosen_ids": flat[0],
+        "chosen_offsets": offsets[0],
+        "rejected_ids": flat[1],
+        "rejected_offsets": offsets[1],
+        **{
+            name: np.array([getattr(p, name) for p in pairs])
+            for name in ("shared", "prompt", "context", "index")
+        },
+    }
+    return write_store(folder, arrays, {"tokenizer": {"path": "tiny-random"}, "report": {}})
+
+
+def both_texts(pairs: list[Pair]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Chosen and rejected token arrays of pairs."""
+    return [p.chosen_ids for p in pairs], [p.rejected_ids for p in pairs]
+
+
+def tiny_config(fileroot: Path, *overrides: str):
+    """tiny-random on the CPU, constants that make 20 steps visible, everything below `fileroot`."""
+    tree = {
+        "actor": {
+            "path": "tiny-random",
+            "dtype": "float64",
+            "optimizer": {"lr": 1e-3, "warmup_steps_proportion": 0.1},
+            "mb_spec": {"max_tokens_per_mb": 100_000},
+        },
+        "ref": {"path": "tiny-random"},
+        "train_dataset": {"path": "sample", "batch_size": 8},
+        "cluster": {"fileroot": str(fileroot), "n_gpus_per_node": 0},
+        "total_train_epochs": 4,
+        "total_train_steps": 20,
+    }
+    return config_module.from_tree(tree, overrides)
+
+
+@contextmanager
+def one_rank():
+    """A process group of this process alone, unless it is a rank already."""
+    if dist.is_initialized():
+        yield parallel.init_world(cuda=False)
+        return
+    old = {k: os.environ.get(k) for k in ("RANK", "WORLD_SIZE")}
+    os.environ.update(RANK="0", WORLD_SIZE="1")
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            yield parallel.init_world(cuda=False, init_method=f"file://{folder}/init")
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            for key, value in old.items():
+                os.environ.pop(key, None) if value is None else os.environ.update({key: value})
+
+
+def make_engine(world, config, train: PairStore, valid: PairStore | None = None) -> engine.Engine:
+    """An engine as the worker makes it, the reference included."""
+    policy = worker.load_model(
+        config, config.actor.path, config.actor.dtype, world, [train, valid], trainable=True
+    )
+    if config.actor.disable_dropout:
+        model.disable_dropout(policy)
+    state = engine.Engine(config, world, policy, train=train, valid=valid)
+    worker.prepare_reference(state, Path(config.cluster.fileroot))
+    return state
+
+
+def train_tiny(folder: str, overrides: tuple[str, ...] = (), num_pairs: int = 40) -> list[dict]:
+    """Trains on random pairs on the ranks at hand; returns the record of each step."""
+    root = Path(folder)
+    with one_rank() as world:
+        if world.is_main:
+            store_of(random_pairs(num_pairs), root / "pairs")
+        world.barrier()
+        config = tiny_config(root / "runs", *overrides)
+        state = make_engine(world, config, open_store(root / "pairs"))
+        steps: list[dict] = []
+        hooks = engine.Hooks(
+            stepped=steps.append,
+            evaluated=lambda *_: None,
+            due=lambda *_: False,
+            save=lambda _: None,
+        )
+        engine.train(state, hooks)
+        return steps
