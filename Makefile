@@ -1,0 +1,52 @@
+# make demo: environment + the training notebook on the embedded default.  make test: environment + tests.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+EXTRAS := notebook,tracking,dev
+# Linux without an NVIDIA GPU: make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+PIP_INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX),)
+NOTEBOOK := notebooks/train.ipynb
+OUT := out.ipynb
+
+.PHONY: help setup demo test check lab record clean
+
+help:
+	@echo "make demo    environment, then the training notebook on the embedded default (-> out.ipynb, out.html)"
+	@echo "make test    environment, then every test but those marked slow, gpu or evidence"
+	@echo "make check   format, lint, types, layers, recorded notebooks"
+	@echo "make lab     JupyterLab in notebooks/"
+	@echo "make record  render the notebooks again that tests compare with"
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) .ci/preflight.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check $(PIP_INDEX) -c constraints.txt -e ".[$(EXTRAS)]"
+	@touch $@
+
+setup: $(VENV)/.ready
+	$(BIN)/python -m dpo_kit.builtin
+
+demo: setup
+	$(BIN)/papermill --log-output $(NOTEBOOK) $(OUT)
+	$(BIN)/jupyter nbconvert --log-level=ERROR --to html $(OUT)
+	@echo "the rendered run: $(OUT) and $(OUT:.ipynb=.html)"
+
+test: setup
+	$(BIN)/python -m pytest -m "not slow and not gpu and not evidence"
+	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg tests/notebooks
+
+check: $(VENV)/.ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+lab: setup
+	$(BIN)/jupyter lab --notebook-dir=.
+
+record: setup
+	$(BIN)/python -m tests.record_notebooks
+
+clean:
+	rm -rf $(VENV) runs out.ipynb out.html
