@@ -110,7 +110,9 @@ def t_quantile(probability: float, degrees: int) -> float:
     return math.sqrt(degrees) * math.tan(float(np.interp(probability, area / area[-1], angle)))
 
 
-def paired_interval(before: Sequence[float], after: Sequence[float], confidence: float = 0.95) -> Paired:
+def paired_interval(
+    before: Sequence[float] | np.ndarray, after: Sequence[float] | np.ndarray, confidence: float = 0.95
+) -> Paired:
     """The mean difference of paired values with its t interval: d +- t(n-1) * sd(d) / sqrt(n).
 
     Raises:

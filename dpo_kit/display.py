@@ -23,6 +23,7 @@ SHARED = "rgba(127,127,127,.28)"
 
 # Answers hold prices; without these classes MathJax (3/4, and 2 in nbconvert) sets "$5 or $10" as a formula.
 _OUTER = 'class="dpo-kit mathjax_ignore tex2jax_ignore" style="margin:.4em 0;line-height:1.4"'
+_SHORT_CELL = 24  # characters; shorter ones are not broken over lines
 _CELL = f"padding:.3em .7em;border-bottom:1px solid {LINE};vertical-align:top"
 
 
@@ -119,23 +120,29 @@ def columns(*parts: Html) -> Html:
     return Html(markup, "\n".join(p.text for p in parts if p.text))
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[object]], *, caption: str = "") -> Html:
+def table(
+    header: Sequence[str], rows: Iterable[Sequence[object]], *, caption: str = "", widths: Sequence[int] = ()
+) -> Html:
     """A table; columns whose cells are all numbers (units allowed) are set to the right.
 
     Args:
         header: one title a column.
         rows: cells; an `Html` cell is taken as it is, anything else is escaped.
         caption: one line above.
+        widths: of each column in percent, for columns of long text; by default the page decides.
     """
     body = [list(row) for row in rows]
     for row in body:
         assert len(row) == len(header), (len(row), len(header))
     right = [bool(body) and all(_is_number(row[c]) for row in body) for c in range(len(header))]
-    sides = ["right" if r else "left" for r in right]
-    head = "".join(_cell("th", title, side) for title, side in zip(header, sides, strict=True))
-    lines = ["".join(_cell("td", v, s) for v, s in zip(row, sides, strict=True)) for row in body]
+    styles = [f"text-align:{'right' if r else 'left'}" for r in right]
+    heads = [f"{style};width:{w}%" for style, w in zip(styles, widths, strict=True)] if widths else styles
+    head = "".join(_cell("th", title, style) for title, style in zip(header, heads, strict=True))
+    lines = ["".join(_cell("td", v, s) for v, s in zip(row, styles, strict=True)) for row in body]
     top = f'<caption style="text-align:left;padding:.2em 0">{escape(caption)}</caption>' if caption else ""
-    style = "border-collapse:collapse;background:transparent;color:inherit"
+    style = "border-collapse:collapse;background:transparent;color:inherit" + (
+        ";width:100%" if widths else ""
+    )
     markup = (
         f'<table style="{style}">{top}<thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(f'<tr>{line}</tr>' for line in lines)}</tbody></table>"
@@ -143,11 +150,11 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]], *, caption: s
     return Html(markup, plain_table(header, body, caption=caption, right=right))
 
 
-def _cell(tag: str, value: object, side: str) -> str:
+def _cell(tag: str, value: object, style: str) -> str:
     content = value.markup if isinstance(value, Html) else escape(value)
     weight = "font-weight:600;" if tag == "th" else ""
-    white = "" if isinstance(value, Html) else "white-space:pre-line;"
-    return f'<{tag} style="{_CELL};{weight}{white}text-align:{side}">{content}</{tag}>'
+    white = "nowrap" if len(str(value)) <= _SHORT_CELL else "pre-line"
+    return f'<{tag} style="{_CELL};{weight}white-space:{white};{style}">{content}</{tag}>'
 
 
 def _is_number(value: object) -> bool:

@@ -188,6 +188,7 @@ def _pair_card(store: PairStore, i: int, tokenizer: Any) -> Html:
     pair = store.pair(i)
     prefix, chosen = _split_text(tokenizer, pair.chosen_ids, pair.shared)
     _, rejected = _split_text(tokenizer, pair.rejected_ids, pair.shared)
+    prefix = prefix.lstrip("\n")
     left_out = len(prefix) - 1500
     if left_out > 0:
         prefix = f"({left_out} earlier characters) … {prefix[left_out:]}"

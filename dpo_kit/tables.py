@@ -67,16 +67,18 @@ def accuracy_table(run: Run) -> Html:
     first, last = steps[0], steps[-1]
     before, after = (analysis.read_evaluation(run.dir, step) for step in (first, last))
     trained = analysis.reward_accuracy(after)
+    rules, notes = _text_rules(run)
+    rules = {"the reference's own log-prob": analysis.logp_accuracy(after, "ref"), **rules}
     rows = [
         _share_row(f"reward accuracy, step {first}", analysis.reward_accuracy(before)),
         _share_row(f"reward accuracy, step {last}", trained),
         _share_row(f"raw log-prob accuracy, step {first}", analysis.logp_accuracy(before)),
         _share_row(f"raw log-prob accuracy, step {last}", analysis.logp_accuracy(after)),
+        *(_share_row(f"without training: {name}", share) for name, share in rules.items()),
     ]
-    rules = {"the reference's own log-prob": analysis.logp_accuracy(after, "ref"), **_text_rules(run)}
-    rows += [_share_row(f"without training: {name}", share) for name, share in rules.items()]
     table = display.table(["held-out pairs", "right", "n", "accuracy", "95 % interval"], rows)
-    return display.stack(table, display.paragraph(_verdict(trained, rules)))
+    said = [_verdict(trained, rules), *notes]
+    return display.stack(table, *(display.paragraph(line) for line in said))
 
 
 def _share_row(name: str, share: analysis.Share) -> list[object]:
@@ -84,19 +86,24 @@ def _share_row(name: str, share: analysis.Share) -> list[object]:
     return [name, right, share.n, share.percent, share.interval_percent]
 
 
-def _text_rules(run: Run) -> dict[str, analysis.Share]:
-    """The baselines that read the answers; none when the pair stores are not on this machine any more."""
+def _text_rules(run: Run) -> tuple[dict[str, analysis.Share], list[str]]:
+    """The baselines that read the answers, and what to know about them."""
     stores = _stores(run)
     if "valid" not in stores or "train" not in stores:
-        return {}
+        gone = "The baselines that read the answers are left out: this run's pair stores are not on this machine."
+        return {}, [gone]
     held_out, train = (_answers(stores[split]) for split in ("valid", "train"))
     rule = baselines.best_threshold(train, held_out)
-    fitted = f"{100 * rule.train.correct / rule.train.n:.0f} % of the {rule.train.n} training pairs it was fitted on"
-    return {
+    rules = {
         "shorter wins": baselines.shorter_wins(held_out),
         "longer wins": baselines.longer_wins(held_out),
-        f"best threshold on one feature ({rule}; {fitted})": rule.held_out,
+        "best threshold on one feature": rule.held_out,
     }
+    note = (
+        f"The best threshold on one feature is: {rule}. It was fitted on the {rule.train.n} training pairs, where "
+        f"{100 * rule.train.correct / rule.train.n:.1f} % are right. A tie counts as half a pair."
+    )
+    return rules, [note]
 
 
 def _verdict(trained: analysis.Share, rules: Mapping[str, analysis.Share]) -> str:
@@ -107,10 +114,7 @@ def _verdict(trained: analysis.Share, rules: Mapping[str, analysis.Share]) -> st
     if ahead:
         return f"Training ({trained.percent}) does not beat: {'; '.join(ahead)}."
     if len(rules) == 1:
-        return (
-            f"Training ({trained.percent}) beats the reference's own log-prob; the baselines that read the answers "
-            "are left out, because the pair stores of this run are not on this machine."
-        )
+        return f"Training ({trained.percent}) beats {next(iter(rules))}."
     best = max((share.correct / share.n for share in rules.values()), default=0.0)
     return (
         f"Training ({trained.percent}) beats all {len(rules)} baselines; the best reaches {100 * best:.1f} %."
@@ -197,19 +201,19 @@ def _rule_applies(settings: Config) -> bool:
 def _answers_table(
     samples: Sequence[Mapping[str, Any]], scores: Sequence[tuple[float, float]] | None, caption: str = ""
 ) -> Html:
-    header = ["prompt", "reference (before)", "policy (after)"]
+    header, widths = ["prompt", "reference (before)", "policy (after)"], [26, 37, 37]
     rows: list[list[object]] = [
         [
-            _tail(s["prompt"], _PROMPT_CHARS),
+            _tail(s["prompt"].removesuffix("\n\nAssistant:"), _PROMPT_CHARS),
             _clip(s["reference"], _ANSWER_CHARS),
             _clip(s["policy"], _ANSWER_CHARS),
         ]
         for s in samples
     ]
     if scores is not None:
-        header += ["rule before", "rule after"]
+        header, widths = [*header, "rule before", "rule after"], [22, 33, 33, 6, 6]
         rows = [[*row, f"{b:+.2f}", f"{a:+.2f}"] for row, (b, a) in zip(rows, scores, strict=True)]
-    return display.table(header, rows, caption=caption)
+    return display.table(header, rows, caption=caption, widths=widths)
 
 
 def _tail(text: str, limit: int) -> str:
