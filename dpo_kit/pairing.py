@@ -1,0 +1,298 @@
+"""Rows to token arrays: every row checked, tokenized in batches, kept or dropped by policy, and counted.
+
+| pair | |
+|---|---|
+| both texts have the same tokens | dropped: `identical` |
+| either text is longer than `max_length` tokens | dropped: `over max_length`, never truncated |
+| a response is only its end token, the other is not | kept |
+| a response begins with the whole other one | kept; its end token is where they part |
+| no token in common, no BOS | kept; the first token of each is not scored |
+| unusable row (null, mixed types, broken text, ...) | an error that counts all of them and names the first |
+
+Rows are streamed: what is held is one batch of text and the token arrays.
+
+Deliberately not here: the config, the store on disk (`dataset.py`), reading files (`rows.py`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dpo_kit import tokens
+from dpo_kit.data_report import summarize
+from dpo_kit.errors import DataError
+from dpo_kit.layouts import CONVERSATION, RowProblem, Texts, check_kinds, kinds_of, layout_of, texts_of
+from dpo_kit.preferences import longest_common_prefix
+from dpo_kit.readers import KNOWN, Row, check_columns
+from dpo_kit.rows import Source
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
+
+BATCH_ROWS = 256
+BATCH_CHARS = 4_000_000
+NAMED_BAD_ROWS = 3
+IDENTICAL, TOO_LONG = "identical", "over max_length"
+
+Progress = Callable[[int, int | None], None]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which rows of a source are taken."""
+
+    max_length: int
+    num_rows: int | None = None
+    """The first rows of the source only."""
+    in_split: Callable[[bytes], bool] | None = None
+    """Of an 8-byte hash of the prompt's text: whether the row belongs to this split; None: all do."""
+    num_in_split: int | None = None
+    """The first rows of this split only."""
+
+
+@dataclass
+class _Tally:
+    """What became of the rows so far."""
+
+    rows: int = 0
+    num_bad: int = 0
+    first_bad: list[str] = field(default_factory=list)
+    dropped: Counter[str] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
+    other_split: int = 0
+    unused_columns: list[str] = field(default_factory=list)
+    seen: set[tuple[bytes, bytes]] = field(default_factory=set)
+
+
+@dataclass
+class _Chunks:
+    """Token arrays as they grow."""
+
+    ids: dict[str, list[np.ndarray]] = field(default_factory=lambda: {"chosen": [], "rejected": []})
+    numbers: dict[str, list[int]] = field(
+        default_factory=lambda: {name: [] for name in ("shared", "prompt", "context", "index", "prompt_key")}
+    )
+
+    def add(self, chosen: np.ndarray, rejected: np.ndarray, numbers: dict[str, int]) -> None:
+        self.ids["chosen"].append(chosen)
+        self.ids["rejected"].append(rejected)
+        for name, number in numbers.items():
+            self.numbers[name].append(number)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        result = {name: np.array(numbers, np.int64) for name, numbers in self.numbers.items()}
+        for side, ids in self.ids.items():
+            result[f"{side}_ids"] = np.concatenate([np.empty(0, np.int32), *ids])
+            result[f"{side}_offsets"] = np.cumsum([0, *map(len, ids)], dtype=np.int64)
+        return result
+
+
+class _Reading:
+    """The layout of a file, and the encoder for it, both known once its first usable row is."""
+
+    def __init__(self, source: Source, tokenizer: Any, label: str):
+        self.source, self.tokenizer, self.label = source, tokenizer, label
+        self.kinds: dict[str, str] = {}
+        self.layout = ""
+        self.encoder: tokens.Encoder
+        self.chat: tokens.Chat | None = None
+
+    def texts(self, row: Row, tally: _Tally) -> Texts:
+        """The row's texts; raises `RowProblem`."""
+        if row.values is None:
+            raise RowProblem(row.problem)
+        if not self.kinds:
+            check_columns(list(row.values), self.source.label)
+            tally.unused_columns = [column for column in row.values if column not in KNOWN]
+        kinds = kinds_of(row.values)
+        if self.kinds:
+            check_kinds(kinds, self.kinds)
+        else:
+            self._start(kinds)
+        return texts_of(row.values, self.layout, self.encoder, self.chat)
+
+    def _start(self, kinds: dict[str, str]) -> None:
+        layout = layout_of(kinds)
+        is_chat = layout == CONVERSATION
+        turn_end = tokens.probe_turn_end(self.tokenizer, self.label) if is_chat else None
+        self.encoder = tokens.make_encoder(self.tokenizer, self.label, turn_end)
+        self.chat = tokens.make_chat(self.encoder, self.label) if is_chat else None
+        self.kinds, self.layout = kinds, layout
+
+
+def collect(
+    source: Source, tokenizer: Any, label: str, selection: Selection, progress: Progress
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Every row of `source` as the arrays of a pair store, and the build report.
+
+    Args:
+        source: from `rows.open_source`.
+        tokenizer: a fast tokenizer.
+        label: the tokenizer's name, for messages.
+        selection: which rows are taken.
+        progress: called with (rows done, rows in all or None).
+
+    Raises:
+        DataError: bad rows (all counted, the first named), or no row at all.
+    """
+    started = time.perf_counter()
+    tally, chunks = _Tally(), _Chunks()
+    reading = _Reading(source, tokenizer, label)
+    known = [number for number in (source.total, selection.num_rows) if number is not None]
+    total = min(known) if known else None
+    for batch in _batches(_usable(reading, selection, tally)):
+        if not tally.num_bad:
+            _add_batch(reading.encoder, selection.max_length, batch, tally, chunks)
+        progress(tally.rows, total)
+    if tally.num_bad:
+        raise _bad_rows(source.label, tally)
+    if not tally.rows:
+        raise DataError(f"{source.label} is empty: it has no rows")
+    arrays = chunks.arrays()
+    report: dict[str, Any] = {
+        "source": source.label,
+        "rows": tally.rows,
+        "kept": len(arrays["shared"]),
+        "dropped": dict(tally.dropped),
+        "other_split": tally.other_split,
+        "notes": dict(tally.notes),
+        "layout": reading.layout,
+        "unused_columns": tally.unused_columns,
+        "max_length": selection.max_length,
+    }
+    if report["kept"]:
+        report |= summarize(arrays) | _ends(arrays, tokenizer, reading.layout)
+    seconds = time.perf_counter() - started
+    return arrays, report | {"build_s": round(seconds, 3), "rows_per_s": round(tally.rows / seconds, 1)}
+
+
+def _usable(reading: _Reading, selection: Selection, tally: _Tally) -> Iterator[tuple[int, Texts, bytes]]:
+    """(row, texts, prompt hash) of the rows of this split that may be kept; the others are counted."""
+    num_here = 0
+    for row in itertools.islice(reading.source.read(), selection.num_rows):
+        tally.rows += 1
+        try:
+            texts = reading.texts(row, tally)
+        except RowProblem as problem:
+            tally.num_bad += 1
+            if len(tally.first_bad) < NAMED_BAD_ROWS:
+                tally.first_bad.append(f"{row.where}: {problem}")
+            continue
+        key = hashlib.blake2b(texts.prompt_text.encode(), digest_size=8).digest()
+        if selection.in_split is not None and not selection.in_split(key):
+            tally.other_split += 1
+            continue
+        num_here += 1
+        if _surely_too_long(texts, selection.max_length, reading.encoder):
+            tally.dropped[TOO_LONG] += 1
+        elif not tally.num_bad:
+            yield row.index, texts, key
+        if num_here == selection.num_in_split:
+            return
+
+
+def _batches(items: Iterator[tuple[int, Texts, bytes]]) -> Iterator[list[tuple[int, Texts, bytes]]]:
+    """Batches of at most BATCH_ROWS rows that end once they hold BATCH_CHARS characters."""
+    batch: list[tuple[int, Texts, bytes]] = []
+    num_chars = 0
+    for item in items:
+        batch.append(item)
+        num_chars += len(item[1].chosen) + len(item[1].rejected)
+        if len(batch) == BATCH_ROWS or num_chars >= BATCH_CHARS:
+            yield batch
+            batch, num_chars = [], 0
+    if batch:
+        yield batch
+
+
+def _surely_too_long(texts: Texts, max_length: int, encoder: tokens.Encoder) -> bool:
+    """Whether a text has more characters than `max_length` tokens can stand for: then it is not tokenized."""
+    if encoder.max_token_chars is None:
+        return False
+    return max(len(texts.chosen), len(texts.rejected)) > max_length * encoder.max_token_chars
+
+
+def _bad_rows(label: str, tally: _Tally) -> DataError:
+    first, *others = tally.first_bad
+    if tally.num_bad == 1:
+        return DataError(f"{label} {first}")
+    return DataError(f"{tally.num_bad} bad rows; first: {label} {first}; then {'; '.join(others)}")
+
+
+def _add_batch(
+    encoder: tokens.Encoder,
+    max_length: int,
+    batch: Sequence[tuple[int, Texts, bytes]],
+    tally: _Tally,
+    chunks: _Chunks,
+) -> None:
+    """Tokenize a batch of rows and keep the pairs that the policy keeps."""
+    encodings = tokens.encode(encoder, [side for _, t, _ in batch for side in (t.chosen, t.rejected)])
+    for (index, texts, key), left, right in zip(batch, encodings[::2], encodings[1::2], strict=True):
+        chosen, moved = tokens.finish(encoder, left.ids, plain=texts.plain, add_eos=texts.chosen_eos)
+        rejected, _ = tokens.finish(encoder, right.ids, plain=texts.plain, add_eos=texts.rejected_eos)
+        if np.array_equal(chosen, rejected):
+            tally.dropped[IDENTICAL] += 1
+            continue
+        if max(len(chosen), len(rejected)) > max_length:
+            tally.dropped[TOO_LONG] += 1
+            continue
+        shared = longest_common_prefix(chosen, rejected)
+        prompt, context = _boundaries(texts, left, moved, shared)
+        _note(tally, texts, chosen, rejected, shared, prompt)
+        numbers = {"shared": shared, "prompt": prompt, "context": context, "index": index}
+        chunks.add(chosen, rejected, numbers | {"prompt_key": int.from_bytes(key, "big", signed=True)})
+
+
+def _boundaries(texts: Texts, encoding: Encoding, moved: int, shared: int) -> tuple[int, int]:
+    """`prompt` and `context` in tokens, from their places in the chosen text.
+
+    A token that lies across the end of a given prompt belongs to the response. In raw text, where the data
+    names no prompt, it belongs to the context if both texts share it ("Assistant:" + line break).
+    """
+    prompt = context = shared
+    if texts.prompt_chars is not None:
+        prompt = min(shared, max(0, tokens.tokens_within(encoding, texts.prompt_chars) + moved))
+    if texts.context_chars is not None:
+        within = tokens.tokens_within(encoding, texts.context_chars)
+        context = max(0, within + moved)
+        if texts.prompt_chars is None and context < shared:
+            span = encoding.token_to_chars(within)
+            context += span is not None and span[0] < texts.context_chars
+    return prompt, context
+
+
+def _note(
+    tally: _Tally, texts: Texts, chosen: np.ndarray, rejected: np.ndarray, shared: int, prompt: int
+) -> None:
+    """Count what is kept but worth knowing."""
+    notes, shorter = tally.notes, min(len(chosen), len(rejected))
+    notes["kept with an empty response"] += shorter - 1 <= prompt
+    notes["kept where one response begins with the whole other"] += shared == shorter - 1
+    notes["kept without a shared token"] += shared == 0
+    notes["kept with special-token text in the data (it stays text)"] += texts.has_special
+    sides = tuple(hashlib.blake2b(ids.tobytes(), digest_size=8).digest() for ids in (chosen, rejected))
+    notes["kept that repeat an earlier pair"] += sides in tally.seen
+    notes["kept that contradict an earlier pair (chosen and rejected swapped)"] += sides[::-1] in tally.seen
+    tally.seen.add((sides[0], sides[1]))
+
+
+def _ends(arrays: dict[str, np.ndarray], tokenizer: Any, layout: str) -> dict[str, Any]:
+    """Which tokens end the texts, and where BOS comes from."""
+    last = [arrays[f"{side}_ids"][arrays[f"{side}_offsets"][1:] - 1] for side in ("chosen", "rejected")]
+    ids, counts = np.unique(np.concatenate(last), return_counts=True)
+    names = tokenizer.convert_ids_to_tokens(ids.tolist())
+    bos, first = tokenizer.bos_token_id, int(arrays["chosen_ids"][0])
+    writer = "the chat template" if layout == CONVERSATION else "the tokenizer"
+    return {
+        "end_tokens": dict(zip(names, counts.tolist(), strict=True)),
+        "bos": f"written by {writer}" if bos is not None and first == bos else "none",
+    }
