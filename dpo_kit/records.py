@@ -282,10 +282,10 @@ def write_progress(
     now = time.time()
     old = read_json(path, {})
     phases = old.get("phases", [])
-    started_at = old.get("started_at", now)
+    started_at, started_done = old.get("started_at", now), old.get("started_done", 0)
     if old.get("phase") != phase:
-        phases = _add_seconds(phases, old.get("phase"), now - started_at)
-        started_at = now
+        phases = add_seconds(phases, old.get("phase"), now - started_at)
+        started_at, started_done = now, done
     if phase == "training":
         step = done if step is None else step
         total_steps = total if total_steps is None else total_steps
@@ -299,19 +299,20 @@ def write_progress(
         "step": old.get("step") if step is None else step,
         "total_steps": old.get("total_steps") if total_steps is None else total_steps,
         "started_at": started_at,
+        "started_done": started_done,
         "updated_at": now,
         "phases": phases,
     }
     atomic_write(path, to_json(progress), durable=False)
 
 
-def _add_seconds(phases: list[dict], name: str | None, seconds: float) -> list[dict]:
+def add_seconds(phases: list[dict], name: str | None, seconds: float) -> list[dict]:
     """Adds to the phase's total: `evaluation` and `training` take turns, each is listed once."""
     if name is None:
         return phases
-    totals = {phase["name"]: phase["seconds"] for phase in phases}
-    totals[name] = round(totals.get(name, 0.0) + seconds, 3)
-    return [{"name": key, "seconds": value} for key, value in totals.items()]
+    old = next((phase for phase in phases if phase["name"] == name), {"seconds": 0.0, "times": 0})
+    new = {"name": name, "seconds": round(old["seconds"] + seconds, 3), "times": old["times"] + 1}
+    return [new if phase is old else phase for phase in phases] + ([] if old in phases else [new])
 
 
 # ---------------------------------------------------------------- metrics

@@ -112,9 +112,9 @@ def test_progress_clocks_each_phase(run_dir, monkeypatch):
     records.write_progress(run_dir, phase="export")
     progress = records.read_json(run_dir / "progress.json")
     assert progress["phases"] == [
-        {"name": "reference pass", "seconds": 7.0},
-        {"name": "training", "seconds": 6.0},
-        {"name": "evaluation", "seconds": 1.0},
+        {"name": "reference pass", "seconds": 7.0, "times": 1},
+        {"name": "training", "seconds": 6.0, "times": 2},
+        {"name": "evaluation", "seconds": 1.0, "times": 1},
     ]
     assert (progress["step"], progress["total_steps"]) == (2, 5)
 

@@ -1,0 +1,179 @@
+"""Watching over the children of a supervisor: requests to stop, owners, progress, ends.
+
+    session = Session(run_dir, config, owners, lines)
+    codes = attend(session, [popen(...), popen(...)], grace_s)      # returns when all have ended
+
+Deliberately not here: what is started and in which order (supervisor), whose failure it was (failures).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dpo_kit import config as config_module
+from dpo_kit import records, watch
+from dpo_kit.config import Config
+from dpo_kit.processes import child_environment, end_tree, is_alive, python_path
+
+STOPPED = 3  # exit status of a rank that ended because it was asked to
+_POLL_S = 0.1
+_OWNERS_POLL_S = 0.5
+_HEARTBEAT_S = 5.0
+# The ranks that lose a failed one are failing themselves: time to write that into their logs.
+_LAST_WORDS_S = 0.3
+
+
+@dataclass
+class Session:
+    """What a supervisor knows about its run."""
+
+    run_dir: Path
+    config: Config
+    owners: list[dict[str, Any]]
+    lines: watch.Lines | None
+    stop: str | None = None
+    stop_at: float = 0.0
+    leave: bool = False
+    started_ranks: bool = False
+    owners_at: float = 0.0
+    known: dict[str, float] = field(default_factory=dict)  # seconds of each phase in an earlier run
+    written: dict[str, Any] = field(default_factory=dict)
+    written_at: float = 0.0
+
+    @property
+    def num_ranks(self) -> int:
+        return config_module.parse_backend(self.config.actor.backend).world_size
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.config.cluster.n_gpus_per_node else "cpu"
+
+    @property
+    def kind(self) -> str:
+        return watch.kind_of_run(self.config.actor.path, self.num_ranks, self.device)
+
+
+def popen(arguments: list[str], environment: dict[str, str], log: Any) -> subprocess.Popen:
+    """A child in a session of its own (Ctrl-C in a terminal reaches the supervisor only) that ends with us."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "dpo_kit.child", *arguments],
+        env={**environment, **child_variables()},
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def child_variables() -> dict[str, str]:
+    """Variables of every process that the kit starts."""
+    return {**child_environment(), "PYTHONPATH": python_path(), "PYTHONUNBUFFERED": "1"}
+
+
+def attend(session: Session, children: list[subprocess.Popen], grace_s: float) -> list[int | None]:
+    """Waits until all children have ended, and passes on requests to stop.
+
+    Returns:
+        Exit status of each child; None for one that was killed here: too slow to stop, told to leave at
+        once, or in want of a child that failed.
+    """
+    told = False
+    done_at: float | None = None
+    try:
+        while True:
+            look(session)
+            codes = [child.poll() for child in children]
+            if None not in codes:
+                return codes
+            now = time.monotonic()
+            if STOPPED in codes and not session.stop:  # somebody else told a rank to stop
+                ask(session, records.stop_requested(session.run_dir) or "preempted")
+            if session.stop and not told:
+                told = True
+                _signal_all(children, signal.SIGTERM)
+            if codes[0] == 0:
+                # Rank 0 has written everything: who hangs in his good-byes is not waited for.
+                done_at = done_at or now
+            failed = any(code not in (None, 0, STOPPED) for code in codes)
+            if failed and not session.stop:
+                time.sleep(_LAST_WORDS_S)
+                return [child.poll() for child in children]
+            if session.leave or any(since and now - since > grace_s for since in (session.stop_at, done_at)):
+                return codes
+            time.sleep(_POLL_S)
+    finally:
+        kill(children)
+
+
+def look(session: Session) -> None:
+    """Everything that may ask the run to stop, and what the children have written."""
+    now = time.monotonic()
+    if session.stop is None and (asked := records.stop_requested(session.run_dir)):
+        ask(session, asked)
+    if now - session.owners_at > _OWNERS_POLL_S:
+        session.owners_at = now
+        gone = [owner["pid"] for owner in session.owners if not is_alive(owner)]
+        if gone and session.stop is None:
+            print(f"owner {gone[0]} is gone: saving and ending", flush=True)
+            ask(session, "preempted")
+    merge(session)
+
+
+def ask(session: Session, state: str) -> None:
+    session.stop, session.stop_at = state, time.monotonic()
+    records.request_stop(session.run_dir, state)
+
+
+def merge(session: Session) -> None:
+    """Takes what the working child wrote into `status.json`; a heartbeat when nothing changed."""
+    progress = records.read_json(session.run_dir / "progress.json", {})
+    fields = _status_fields(session, progress) if progress.get("phase") else {}
+    now = time.monotonic()
+    if fields == session.written and now - session.written_at < _HEARTBEAT_S:
+        status = None
+    else:
+        status = records.update_status(session.run_dir, **fields)
+        session.written, session.written_at = fields, now
+    if session.lines:
+        session.lines.update(status or records.read_status(session.run_dir))
+
+
+def _status_fields(session: Session, progress: dict[str, Any]) -> dict[str, Any]:
+    """What `status.json` says of a child's progress."""
+    name = progress["phase"]
+    fields = {
+        "phase": name,
+        "phase_done": progress["done"],
+        "phase_total": progress["total"],
+        "phase_started_at": progress["started_at"],
+        "phase_started_done": progress["started_done"],
+        "phase_expected_s": progress["expected_s"],
+        "phase_expected_from": "the phase itself",
+        "phases": progress["phases"],
+    }
+    if progress["expected_s"] is None:
+        fields["phase_expected_s"] = session.known.get(name, watch.GUESSES_S.get(name))
+        fields["phase_expected_from"] = "earlier run" if name in session.known else "guess"
+    fields |= {key: progress[key] for key in ("step", "total_steps") if progress[key] is not None}
+    return fields
+
+
+def _signal_all(children: list[subprocess.Popen], number: int) -> None:
+    for child in children:
+        with contextlib.suppress(ProcessLookupError):
+            child.send_signal(number)
+
+
+def kill(children: list[subprocess.Popen]) -> None:
+    """Kills what still runs, with its descendants, and reaps it."""
+    alive = [child for child in children if child.poll() is None]
+    end_tree([child.pid for child in alive])
+    for child in alive:
+        child.wait()

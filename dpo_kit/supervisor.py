@@ -1,0 +1,275 @@
+"""One run from start to end: `python -m dpo_kit.supervisor RUN_DIR [--owner PID[@START]]...`, or `supervise(...)`.
+
+    prepare (models, pairs)  ->  ranks (reference pass, training, export)  ->  samples
+
+Everything heavy is a child process; the supervisor imports neither torch nor datasets. It alone writes
+`status.json`, so that whatever happens to a child, the state of the run is told:
+
+    asked to stop (stop.json, SIGINT, SIGTERM), owner gone  ->  SIGTERM to the children; SIGKILL after
+                                     cluster.grace_s, or at a second signal; `stopped` or `preempted`
+    a rank fails                 ->  the others are killed; `failed` with that rank's cause in one line
+    the supervisor is killed     ->  the children end with it (`processes.die_with_parent`)
+
+Deliberately not here: what a rank does (worker), making run folders (launch), restarts after a failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from dpo_kit import config as config_module
+from dpo_kit import failures, locks, records, watch
+from dpo_kit.attend import Session, ask, attend, child_variables, kill, look, merge, popen
+from dpo_kit.errors import UserError
+from dpo_kit.processes import identify
+from dpo_kit.spawn import rank_environment
+
+EXIT_CODES = {"done": 0, "stopped": 3, "preempted": 3, "failed": 1}
+# What has no state to save (prepare, samples) need not be waited for.
+_CHILD_GRACE_S = 5.0
+# `timeout` sends its signal to the process and to the group: two signals at once are one request.
+_SECOND_SIGNAL_S = 0.5
+
+
+def supervise(
+    run_dir: Path | str,
+    owners: Sequence[dict[str, Any]] = (),
+    foreground: bool = False,
+    *,
+    prepare_module: str = "dpo_kit.prepare",
+    worker_module: str = "dpo_kit.worker",
+    samples_module: str = "dpo_kit.samples",
+) -> int:
+    """Runs a run folder to its end.
+
+    Args:
+        run_dir: a folder made by `records.create`.
+        owners: identities (`processes.identify`) of processes whose end ends the run as `preempted`.
+        foreground: print progress, and remove the folder when the data are a user's mistake.
+        prepare_module: what is run as `python -m ... RUN_DIR` to build models and pairs.
+        worker_module: what every rank runs.
+        samples_module: what answers the prompts after training.
+
+    Returns:
+        Exit status: 0 done, 3 stopped or preempted, 2 a user's mistake, 1 failed.
+
+    Raises:
+        UserError: another process runs this folder; or, in the foreground, a user's mistake was found before
+            any rank was started: the run folder is removed, and nothing is left.
+    """
+    run_dir = Path(run_dir)
+    config = config_module.load(run_dir / "config.yaml")
+    session = Session(run_dir, config, list(owners), watch.Lines(run_dir) if foreground else None)
+    session.known = watch.expected_seconds(Path(config.cluster.fileroot), session.kind)
+    modules = (prepare_module, worker_module, samples_module)
+    with locks.lock(run_dir), _signals(session):
+        state, message, mistake = _guarded(session, modules)
+        if foreground and mistake and not session.started_ranks:
+            records.remove_folder(run_dir)
+            raise UserError(message)
+        _finish(session, state, message)
+    return 2 if mistake else EXIT_CODES[state]
+
+
+def _guarded(session: Session, modules: tuple[str, str, str]) -> tuple[str, str, bool]:
+    """State, message, and whether a user's mistake is to blame; an error of our own is a failed run, too."""
+    try:
+        return _run(session, *modules)
+    except Exception as error:
+        traceback.print_exc()
+        return "failed", f"supervisor: {records.one_line(error)}", False
+
+
+def _run(
+    session: Session, prepare_module: str, worker_module: str, samples_module: str
+) -> tuple[str, str, bool]:
+    status = records.update_status(
+        session.run_dir, state="running", supervisor=identify(), started_at=time.time(), message=""
+    )
+    # A launcher that did not say who owns the run is this process in the foreground.
+    if status.get("owner") is None:
+        records.update_status(session.run_dir, owner={"kind": "foreground", **identify()})
+    look(session)
+    if session.stop:
+        return session.stop, "before it began", False
+    code = _run_child(session, prepare_module, "prepare")
+    if session.stop:
+        return session.stop, "before training; nothing was lost", False
+    if code != 0:
+        failure = failures.child_failure(session.run_dir, "prepare", code)
+        return "failed", failure.message, failure.mistake
+    codes = _run_ranks(session, worker_module)
+    failed = failures.rank_failure(session.run_dir, codes, stopping=session.stop is not None)
+    if failed:
+        return "failed", failed.message, failed.mistake
+    if codes[0] != 0:
+        return session.stop or "preempted", _how_stopped(session, codes), False
+    _make_samples(session, samples_module)
+    return "done", "", False
+
+
+def _how_stopped(session: Session, codes: list[int | None]) -> str:
+    killed = ", ".join(str(rank) for rank, code in enumerate(codes) if code is None)
+    if killed and session.leave:
+        return f"as asked, at once: rank {killed} was killed before its state was saved"
+    if killed:
+        return (
+            f"as asked; rank {killed} did not end within {session.config.cluster.grace_s:g} s and was killed"
+        )
+    if -signal.SIGTERM in codes:
+        return "as asked, before training: there was nothing to save"
+    return "as asked, with the state saved"
+
+
+def _finish(session: Session, state: str, message: str) -> None:
+    """Writes the last word, tells it, and keeps the times for the next run."""
+    with contextlib.suppress(Exception):  # progress that cannot be read must not hide how the run ended
+        merge(session)
+    # The clock of the last phase is still running.
+    progress = session.written
+    phases = progress.get("phases", [])
+    if progress:
+        phases = records.add_seconds(phases, progress["phase"], time.time() - progress["phase_started_at"])
+    status = records.update_status(
+        session.run_dir, state=state, message=message, ended_at=time.time(), phases=phases, ranks=[]
+    )
+    records.clear_stop(session.run_dir)
+    if state == "done":
+        watch.remember_seconds(Path(session.config.cluster.fileroot), session.kind, phases)
+    if session.lines:
+        session.lines.write(watch.describe(status))
+
+
+# ---------------------------------------------------------------- the phases
+
+
+def _run_child(session: Session, module: str, name: str) -> int | None:
+    """Runs `prepare` or `samples`; its exit status, None when it was killed."""
+    with open(session.run_dir / "logs" / f"{name}.log", "ab") as log:
+        child = popen([module, str(session.run_dir)], dict(os.environ), log)
+    return attend(session, [child], min(_CHILD_GRACE_S, session.config.cluster.grace_s))[0]
+
+
+def _run_ranks(session: Session, module: str) -> list[int | None]:
+    """Starts the ranks and waits for all of them; see `attend` for what comes back."""
+    records.write_progress(session.run_dir, phase="start ranks")
+    session.started_ranks = True
+    # A fresh file for every start: ranks would join the group that a used one describes.
+    with tempfile.TemporaryDirectory(prefix="dpo-kit-init-") as folder:
+        ranks: list[subprocess.Popen] = []
+        try:
+            for rank in range(session.num_ranks):
+                environment = {
+                    **rank_environment(session.num_ranks, rank),
+                    "DPO_KIT_INIT_FILE": str(Path(folder) / "store"),
+                    "DPO_KIT_DEVICE": session.device,
+                }
+                if session.device == "cuda":
+                    environment.pop("OMP_NUM_THREADS")
+                with open(session.run_dir / "logs" / f"rank-{rank}.log", "ab") as log:
+                    ranks.append(popen([module, str(session.run_dir)], environment, log))
+            records.update_status(session.run_dir, ranks=[process.pid for process in ranks])
+            return attend(session, ranks, session.config.cluster.grace_s)
+        finally:
+            kill(ranks)
+
+
+def _make_samples(session: Session, module: str) -> None:
+    """Lets the samples be made; whatever happens to them, the run is done."""
+    if session.config.evaluator.num_samples == 0:
+        return
+    records.write_progress(session.run_dir, phase="samples")
+    if session.stop:
+        note = "not made: the run was asked to stop"
+    else:
+        code = _run_child(session, module, "samples")
+        note = (
+            "made"
+            if code == 0
+            else f"failed: {failures.child_failure(session.run_dir, 'samples', code).message}"
+        )
+        if session.stop and code != 0:
+            note = "not made: the run was asked to stop"
+    records.update_status(session.run_dir, samples=note)
+    if note != "made" and session.lines:
+        session.lines.write(f"samples {note}")
+
+
+# ---------------------------------------------------------------- signals and the command line
+
+
+@contextlib.contextmanager
+def _signals(session: Session) -> Iterator[None]:
+    """SIGINT asks to stop, SIGTERM and SIGHUP to be preempted; the second one leaves at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, _frame: Any) -> None:
+        if session.stop is None:
+            ask(session, "stopped" if number == signal.SIGINT else "preempted")
+            if session.lines:
+                session.lines.write("stopping with the state saved; a second signal leaves at once")
+        elif time.monotonic() - session.stop_at > _SECOND_SIGNAL_S:
+            session.leave = True
+
+    before = {
+        number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def spawn_detached(run_dir: Path, owners: Sequence[dict[str, Any]] = ()) -> subprocess.Popen:
+    """Starts a supervisor in a session of its own, which outlives this process; returns at once."""
+    command = [sys.executable, "-m", "dpo_kit.supervisor", str(run_dir)]
+    for owner in owners:
+        command += ["--owner", f"{owner['pid']}@{owner['create_time']}"]
+    with open(run_dir / "logs" / "supervisor.log", "ab") as log:
+        return subprocess.Popen(
+            command,
+            env={**os.environ, **child_variables()},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def _owner(text: str) -> dict[str, Any]:
+    pid, _, started = text.partition("@")
+    return {"pid": int(pid), "create_time": float(started) if started else None}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line of a detached supervisor."""
+    parser = argparse.ArgumentParser(prog="python -m dpo_kit.supervisor", description=__doc__.split("\n")[0])
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument(
+        "--owner", "--owner-pid", type=_owner, action="append", default=[], metavar="PID[@START]"
+    )
+    given = parser.parse_args(arguments)
+    try:
+        return supervise(given.run_dir, given.owner)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

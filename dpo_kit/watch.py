@@ -1,0 +1,209 @@
+"""Where a run is, in words: elapsed and expected seconds of each phase, plain lines, the share done.
+
+Expected seconds come from the work itself when it counts what it does, else from the last run like it under
+the same `cluster.fileroot` (`.cache/phase_seconds.json`), else from a stated guess.
+
+Deliberately not here: notebook displays (live), waiting (runs, supervisor).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dpo_kit.errors import UserError
+from dpo_kit.files import atomic_write, read_json, to_json
+
+# Seconds on two CPU cores with the built-in 135M model, where no earlier run tells better.
+GUESSES_S = {
+    "convert model": 60.0,
+    "build pairs": 15.0,
+    "start ranks": 20.0,
+    "load model": 10.0,
+    "reference pass": 60.0,
+    "evaluation": 40.0,
+    "first step": 10.0,
+    "training": 120.0,
+    "export": 10.0,
+    "samples": 45.0,
+}
+FIRST_LINE_S = 1.5
+SILENT_S = 4.0  # with the time a line takes to come, nothing is silent for over 5 s
+_MEMORY = "phase_seconds.json"
+_TAIL_BYTES = 16384
+
+
+# ---------------------------------------------------------------- expected seconds
+
+
+def kind_of_run(model: str, num_ranks: int, device: str) -> str:
+    """What makes the times of two runs comparable, as far as a key can tell."""
+    return f"{model} on {num_ranks} {device} ranks"
+
+
+def expected_seconds(fileroot: Path, kind: str) -> dict[str, float]:
+    """Seconds of each phase in the last run of this kind; empty when there was none."""
+    memory: dict[str, Any] = {}
+    with contextlib.suppress(UserError):
+        memory = read_json(Path(fileroot) / ".cache" / _MEMORY, {})
+    known = memory.get(kind, {}) if isinstance(memory, dict) else {}
+    return {name: float(seconds) for name, seconds in known.items() if isinstance(seconds, (int, float))}
+
+
+def remember_seconds(fileroot: Path, kind: str, phases: list[dict[str, Any]]) -> None:
+    """Keeps the seconds of a run's phases for the next one; losing them is harmless."""
+    path = Path(fileroot) / ".cache" / _MEMORY
+    seconds = {phase["name"]: phase["seconds"] / max(1, _turns(phase)) for phase in phases}
+    with contextlib.suppress(OSError, UserError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        memory = read_json(path, {})
+        known = expected_seconds(fileroot, kind)
+        atomic_write(path, to_json({**memory, kind: {**known, **seconds}}, indent=1), durable=False)
+
+
+def _turns(phase: dict[str, Any]) -> int:
+    """Evaluations are expected one by one, every other phase as a whole."""
+    return phase.get("times", 1) if phase["name"] == "evaluation" else 1
+
+
+def timing(status: dict[str, Any], now: float | None = None) -> tuple[float, float | None, str]:
+    """Elapsed and expected seconds of the phase in hand, and where the expectation is from.
+
+    Args:
+        status: of a run (`Run.status`).
+        now: seconds since the epoch; the clock by default.
+
+    Returns:
+        `(elapsed_s, expected_s, source)`; source is `"count"`, `"earlier run"`, `"guess"` or `""`.
+        `training` counts its turns before an evaluation, too.
+    """
+    now = time.time() if now is None else now
+    name = status.get("phase")
+    if not name:
+        return max(0.0, now - float(status.get("created_at") or now)), None, ""
+    turn_s = max(0.0, now - float(status.get("phase_started_at") or now))
+    before_s = 0.0
+    if name == "training":
+        before_s = sum(p["seconds"] for p in status.get("phases", []) if p["name"] == "training")
+    done, total = status.get("phase_done") or 0, status.get("phase_total")
+    here = done - (status.get("phase_started_done") or 0)
+    # Before the first units are through, a rate is noise.
+    if total and here > 0 and turn_s > 0.5:
+        return before_s + turn_s, before_s + turn_s * (1 + (total - done) / here), "count"
+    expected = status.get("phase_expected_s")
+    return before_s + turn_s, expected, status.get("phase_expected_from") or "" if expected else ""
+
+
+def share_done(status: dict[str, Any], now: float | None = None) -> float:
+    """How much of the phase in hand is done, 0 to 1."""
+    if status.get("state") == "done":
+        return 1.0
+    done, total = status.get("phase_done") or 0, status.get("phase_total")
+    if total:
+        return min(1.0, done / total)
+    elapsed, expected, _ = timing(status, now)
+    return min(0.99, elapsed / expected) if expected else 0.0
+
+
+# ---------------------------------------------------------------- plain lines
+
+
+def describe(status: dict[str, Any], now: float | None = None) -> str:
+    """One line: `reference pass: 120/400, 14 s of about 47 s`."""
+    state = status.get("state", "unknown")
+    if state not in ("queued", "running"):
+        return state + (f": {status['message']}" if status.get("message") else "")
+    elapsed, expected, source = timing(status, now)
+    name = status.get("phase") or "starting the supervisor"
+    count = ""
+    if status.get("phase_total"):
+        unit = "step " if name in ("training", "first step") else ""
+        count = f"{unit}{status.get('phase_done') or 0}/{status['phase_total']}, "
+    about = ""
+    if expected is not None:
+        guess = ", a guess" if source == "guess" else ""
+        about = f" of about {expected:.0f} s{guess}"
+        if elapsed > expected:
+            about = f", longer than the expected {expected:.0f} s{guess}"
+    return f"{name}: {count}{elapsed:.0f} s{about}"
+
+
+class Lines:
+    """Prints a run's progress as plain lines: each phase, each tenth of the steps, something every 4 s.
+
+    Call `update` a few times a second. Nothing is drawn over, so that the lines survive in a log, in a
+    headless notebook and under nbval.
+    """
+
+    def __init__(self, run_dir: Path, write: Callable[[str], None] | None = None):
+        self.run_dir = run_dir
+        self.write = write or _print
+        self.started = time.monotonic()
+        self.last_at: float | None = None
+        self.phase: str | None = None
+        self.tenth = 0
+        self.seconds: dict[str, float] = {}
+
+    def update(self, status: dict[str, Any]) -> None:
+        """Prints what is due."""
+        if status.get("state") not in ("queued", "running"):
+            return
+        now = time.monotonic()
+        changed = status.get("phase") != self.phase
+        if changed:
+            self._phases_done(status)
+            self.phase, self.tenth = status.get("phase"), _tenth(status)
+        tenth = _tenth(status)
+        reached = self.phase == "training" and tenth > self.tenth
+        due = now - self.last_at > SILENT_S if self.last_at else now - self.started > FIRST_LINE_S
+        if (changed and self.phase) or reached or due:
+            self.tenth = tenth
+            self.last_at = now
+            self.write(describe(status) + (_figures(self.run_dir) if self.phase == "training" else ""))
+
+    def _phases_done(self, status: dict[str, Any]) -> None:
+        for phase in status.get("phases", []):
+            spent = phase["seconds"] - self.seconds.get(phase["name"], 0.0)
+            if spent > 0 and phase["name"] != "training":
+                self.write(f"{phase['name']}: done in {spent:.1f} s")
+            self.seconds[phase["name"]] = phase["seconds"]
+
+
+def _tenth(status: dict[str, Any]) -> int:
+    total = status.get("phase_total")
+    return int(10 * (status.get("phase_done") or 0) / total) if total else 0
+
+
+def _figures(run_dir: Path) -> str:
+    """Loss and accuracy of the last training step on record."""
+    record = last_record(run_dir)
+    if not record or record.get("dpo/loss") is None:
+        return ""
+    accuracy = record.get("dpo/reward_accuracy")
+    told = "" if accuracy is None else f", reward accuracy {100 * accuracy:.0f} %"
+    return f"; step {record['step']}: loss {record['dpo/loss']:.4f}{told}"
+
+
+def last_record(run_dir: Path) -> dict[str, Any] | None:
+    """The last training record of a run, read from the end of its metrics."""
+    path = Path(run_dir) / "metrics.jsonl"
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+            lines = file.read().split(b"\n")[:-1]
+    except FileNotFoundError:
+        return None
+    for line in reversed(lines):
+        with contextlib.suppress(ValueError):  # the first one may be cut
+            record = json.loads(line)
+            if isinstance(record, dict) and "dpo/loss" in record:
+                return record
+    return None
+
+
+def _print(text: str) -> None:
+    print(text, flush=True)

@@ -1,0 +1,75 @@
+"""Processes of a run without torch: `python -m tests.fake_run RUN_DIR` plays prepare, a rank or samples.
+
+What each part does stands in `play.json` of the run folder: `{"prepare": [...], "worker": {"0": [...]},
+"samples": [...]}`, a list of actions. Every process writes its pid to `pid-<part>` first.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from dpo_kit import records
+from dpo_kit.errors import DataError
+
+
+def act(run_dir, part, action, rank):
+    name, *arguments = action
+    if name == "sleep":
+        time.sleep(arguments[0])
+    elif name == "deaf":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    elif name == "print":
+        print(arguments[0], flush=True)
+    elif name == "progress":
+        records.write_progress(run_dir, **arguments[0])
+    elif name == "exit":
+        os._exit(arguments[0])
+    elif name == "kill":
+        os.kill(os.getpid(), arguments[0])
+    elif name == "raise":
+        error = {"DataError": DataError, "ValueError": ValueError, "RuntimeError": RuntimeError}[
+            arguments[0]
+        ](arguments[1])
+        records.write_rank_error(run_dir, part if rank is None else rank, error)
+        sys.exit(2 if isinstance(error, DataError) else 1)
+    elif name == "train":
+        train(run_dir, rank, *arguments)
+    elif name == "environment":
+        (run_dir / f"environment-{rank}.json").write_text(json.dumps(dict(os.environ)))
+    else:
+        raise AssertionError(action)
+
+
+def train(run_dir, rank, steps, step_s):
+    """Steps with metrics; a SIGTERM ends it after the step in hand, with the state saved and status 3."""
+    asked = []
+    signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+    for step in range(1, steps + 1):
+        time.sleep(step_s)
+        if rank == 0:
+            record = {"step": step, "dpo/loss": 0.7 - 0.01 * step, "dpo/reward_accuracy": 0.5}
+            records.append_metrics(run_dir, record)
+            records.write_progress(run_dir, phase="training", done=step, total=steps)
+        if asked:
+            if rank == 0:
+                (run_dir / "saved").write_text(str(step))
+            sys.exit(3)
+
+
+def main():
+    run_dir = Path(sys.argv[1])
+    rank = int(os.environ["RANK"]) if "RANK" in os.environ else None
+    part = Path(sys.argv[0]).stem.removeprefix("fake_") if rank is None else "worker"
+    (run_dir / f"pid-{part}{'' if rank is None else f'-{rank}'}").write_text(str(os.getpid()))
+    play = json.loads((run_dir / "play.json").read_text())[part]
+    for action in play if rank is None else play[str(rank)]:
+        act(run_dir, part, action, rank)
+
+
+if __name__ == "__main__":
+    main()

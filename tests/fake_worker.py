@@ -1,0 +1,8 @@
+"""Plays `dpo_kit.worker`; see `tests.fake_run`."""
+
+from __future__ import annotations
+
+from tests.fake_run import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,407 @@
+"""One run from start to end, over fake processes: no torch, a second or two each."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from dpo_kit import locks, records
+from dpo_kit.errors import UserError
+from dpo_kit.files import atomic_write, read_json
+from dpo_kit.processes import end_tree, identify, is_alive
+from dpo_kit.supervisor import supervise
+from tests.fake_supervisor import MODULES
+
+CONFIG = """
+experiment_name: exp
+trial_name: one
+cluster: {{fileroot: {fileroot}, n_gpus_per_node: 0, grace_s: {grace_s}}}
+actor: {{path: tiny-random, backend: "fsdp:d{num_ranks}"}}
+ref: {{path: tiny-random}}
+train_dataset: {{path: sample}}
+evaluator: {{num_samples: {num_samples}}}
+"""
+LONG = [["train", 600, 0.1]]
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    """A run folder whose processes play the given parts."""
+    pids = []
+
+    def make(worker, prepare=(), samples=(), num_ranks=2, grace_s=5.0, num_samples=1):
+        fileroot = tmp_path / "runs"
+        text = CONFIG.format(fileroot=fileroot, grace_s=grace_s, num_ranks=num_ranks, num_samples=num_samples)
+        run_dir = records.create(fileroot, "exp", "one", config_text=text, manifest={})
+        by_rank = worker if isinstance(worker, dict) else {str(rank): worker for rank in range(num_ranks)}
+        play = {"prepare": list(prepare), "worker": by_rank, "samples": list(samples)}
+        (run_dir / "play.json").write_text(json.dumps(play))
+        pids.append(run_dir)
+        return run_dir
+
+    yield make
+    left = [pid for run_dir in pids for pid in started(run_dir).values() if is_alive({"pid": pid})]
+    end_tree(left)
+    assert left == []
+
+
+def started(run_dir):
+    return {path.name[4:]: int(path.read_text() or 0) for path in run_dir.glob("pid-*")}
+
+
+def living(run_dir):
+    return [name for name, pid in started(run_dir).items() if pid and is_alive({"pid": pid})]
+
+
+def until(condition, seconds=20.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "too slow"
+        time.sleep(0.02)
+
+
+def steps(run_dir):
+    return len(records.read_metrics(run_dir))
+
+
+@pytest.fixture
+def background():
+    """Starts the real supervisor in a process of its own."""
+    processes = []
+
+    def start(run_dir, owners=()):
+        command = [sys.executable, "-m", "tests.fake_supervisor", str(run_dir)]
+        for owner in owners:
+            command += ["--owner", f"{owner['pid']}@{owner['create_time']}"]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def owner():
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_run_ends_done_with_its_phases_and_records(make_run):
+    training = [["environment"], ["train", 3, 0.05], ["progress", {"phase": "export"}], ["sleep", 0.2]]
+    run_dir = make_run(training, prepare=[["progress", {"phase": "build pairs"}], ["sleep", 0.3]])
+    assert supervise(run_dir, **MODULES) == 0
+    status = records.read_status(run_dir)
+    assert (status["state"], status["step"], status["total_steps"]) == ("done", 3, 3)
+    assert status["samples"] == "made"
+    assert [phase["name"] for phase in status["phases"]] == [
+        "build pairs",
+        "start ranks",
+        "training",
+        "export",
+        "samples",
+    ]
+    assert status["phases"][0]["seconds"] >= 0.3
+    assert status["ended_at"] >= status["started_at"] >= status["created_at"]
+    assert (status["supervisor"]["pid"], status["owner"]["kind"]) == (os.getpid(), "foreground")
+    assert locks.lock_owner(run_dir) is None
+    remembered = read_json(tmp(run_dir) / ".cache" / "phase_seconds.json")
+    assert remembered["tiny-random on 2 cpu ranks"]["build pairs"] == status["phases"][0]["seconds"]
+
+
+def tmp(run_dir):
+    return run_dir.parent.parent
+
+
+def test_ranks_get_their_place_loopback_and_a_fresh_store(make_run):
+    run_dir = make_run([["environment"]], num_samples=0)
+    assert supervise(run_dir, **MODULES) == 0
+    first, second = (json.loads((run_dir / f"environment-{rank}.json").read_text()) for rank in (0, 1))
+    assert (first["RANK"], second["RANK"], second["LOCAL_RANK"], second["WORLD_SIZE"]) == ("0", "1", "1", "2")
+    assert first["DPO_KIT_INIT_FILE"] == second["DPO_KIT_INIT_FILE"]
+    assert not os.path.exists(first["DPO_KIT_INIT_FILE"])
+    assert (
+        first["GLOO_SOCKET_IFNAME"]
+        == first["NCCL_SOCKET_IFNAME"]
+        == ("lo" if sys.platform == "linux" else "lo0")
+    )
+    assert (first["TOKENIZERS_PARALLELISM"], first["DPO_KIT_DEVICE"]) == ("false", "cpu")
+    assert int(first["OMP_NUM_THREADS"]) >= 1
+    assert "samples" not in records.read_status(run_dir)
+
+
+def test_a_failing_rank_is_told_in_one_line_and_ends_the_others(make_run):
+    run_dir = make_run(
+        {"0": [["deaf"], ["sleep", 600]], "1": [["sleep", 0.3], ["raise", "ValueError", "boom\nsecond line"]]}
+    )
+    began = time.monotonic()
+    assert supervise(run_dir, **MODULES) == 1
+    assert time.monotonic() - began < 6
+    status = records.read_status(run_dir)
+    assert (status["state"], status["message"]) == ("failed", "rank 1: ValueError: boom (logs/rank-1.log)")
+    assert status["ranks"] == []
+
+
+def test_the_first_failure_is_the_cause(make_run):
+    run_dir = make_run(
+        {
+            "0": [["sleep", 0.45], ["raise", "RuntimeError", "connection closed by peer"]],
+            "1": [["sleep", 0.4], ["raise", "ValueError", "boom"]],
+        }
+    )
+    assert supervise(run_dir, **MODULES) == 1
+    assert records.read_status(run_dir)["message"].startswith("rank 1: ValueError: boom")
+
+
+def test_a_killed_rank_is_the_cause_and_not_those_who_lost_it(make_run):
+    run_dir = make_run(
+        {
+            "0": [["sleep", 0.5], ["raise", "RuntimeError", "connection closed by peer"]],
+            "1": [["sleep", 0.4], ["kill", 9]],
+        }
+    )
+    assert supervise(run_dir, **MODULES) == 1
+    assert records.read_status(run_dir)["message"] == (
+        "rank 1: ended from outside by SIGKILL (out of memory?) (logs/rank-1.log)"
+    )
+
+
+def test_a_rank_without_a_word_is_told_by_its_log(make_run):
+    run_dir = make_run(
+        {"0": [["sleep", 600]], "1": [["print", "cannot open shared object\n\n"], ["exit", 7]]}
+    )
+    assert supervise(run_dir, **MODULES) == 1
+    message = records.read_status(run_dir)["message"]
+    assert message == "rank 1: ended with status 7: cannot open shared object (logs/rank-1.log)"
+
+
+def test_a_users_mistake_in_a_rank_is_status_2(make_run):
+    run_dir = make_run({"0": [["raise", "DataError", "the longest pair has 900 tokens"]], "1": []})
+    assert supervise(run_dir, **MODULES) == 2
+    assert "rank 0: the longest pair has 900 tokens" in records.read_status(run_dir)["message"]
+
+
+def test_wrong_data_leaves_nothing_in_the_foreground(make_run, tmp_path):
+    run_dir = make_run([], prepare=[["raise", "DataError", "train.jsonl: empty"]])
+    with pytest.raises(UserError, match=r"^train.jsonl: empty$"):
+        supervise(run_dir, foreground=True, **MODULES)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wrong_data_of_a_detached_run_stay_as_its_message(make_run):
+    run_dir = make_run([], prepare=[["raise", "DataError", "train.jsonl: empty"]])
+    assert supervise(run_dir, **MODULES) == 2
+    status = records.read_status(run_dir)
+    assert (status["state"], status["message"]) == ("failed", "train.jsonl: empty")
+
+
+def test_an_error_in_prepare_keeps_the_folder(make_run, capsys):
+    run_dir = make_run([], prepare=[["raise", "ValueError", "odd"]])
+    assert supervise(run_dir, foreground=True, **MODULES) == 1
+    assert records.read_status(run_dir)["message"] == "prepare: ValueError: odd (logs/prepare.log)"
+    assert "failed: prepare: ValueError: odd" in capsys.readouterr().out
+
+
+def test_failing_samples_only_leave_a_note(make_run):
+    run_dir = make_run([["train", 1, 0.01]], samples=[["raise", "RuntimeError", "no text"]])
+    assert supervise(run_dir, **MODULES) == 0
+    status = records.read_status(run_dir)
+    assert (status["state"], status["samples"]) == (
+        "done",
+        "failed: samples: RuntimeError: no text (logs/samples.log)",
+    )
+
+
+def test_a_stop_file_ends_the_run_with_its_state_saved(make_run):
+    run_dir = make_run(LONG)
+
+    def stop():
+        until(lambda: steps(run_dir) >= 2)
+        records.request_stop(run_dir, "stopped")
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    assert supervise(run_dir, **MODULES) == 3
+    thread.join()
+    status = records.read_status(run_dir)
+    assert (status["state"], status["message"]) == ("stopped", "as asked, with the state saved")
+    assert (run_dir / "saved").read_text() == str(status["step"])
+    assert records.stop_requested(run_dir) is None
+
+
+def test_a_stop_while_pairs_are_built_needs_no_grace(make_run):
+    run_dir = make_run([], prepare=[["sleep", 600]], grace_s=60)
+    thread = threading.Timer(0.5, records.request_stop, (run_dir, "stopped"))
+    thread.start()
+    began = time.monotonic()
+    assert supervise(run_dir, **MODULES) == 3
+    assert time.monotonic() - began < 5
+    assert records.read_status(run_dir)["state"] == "stopped"
+    assert "worker-0" not in started(run_dir)
+
+
+def test_a_rank_that_ignores_sigterm_is_killed_after_the_grace(make_run):
+    run_dir = make_run({"0": LONG, "1": [["deaf"], ["sleep", 600]]}, grace_s=1.5)
+
+    def stop():
+        until(lambda: steps(run_dir) >= 1)
+        records.request_stop(run_dir, "preempted")
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    began = time.monotonic()
+    assert supervise(run_dir, **MODULES) == 3
+    thread.join()
+    assert 1.5 < time.monotonic() - began < 8
+    status = records.read_status(run_dir)
+    assert status["state"] == "preempted"
+    assert status["message"] == "as asked; rank 1 did not end within 1.5 s and was killed"
+
+
+def test_a_rank_stopped_by_somebody_else_stops_the_run(make_run):
+    run_dir = make_run(LONG)
+
+    def stop():
+        until(lambda: steps(run_dir) >= 1)
+        os.kill(started(run_dir)["worker-1"], signal.SIGTERM)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    assert supervise(run_dir, **MODULES) == 3
+    thread.join()
+    assert records.read_status(run_dir)["state"] == "preempted"
+
+
+@pytest.mark.parametrize(("number", "state"), [(signal.SIGINT, "stopped"), (signal.SIGTERM, "preempted")])
+def test_a_signal_stops_with_the_state_saved(make_run, background, number, state):
+    run_dir = make_run(LONG)
+    process = background(run_dir)
+    until(lambda: (run_dir / "metrics.jsonl").exists())
+    process.send_signal(number)
+    assert process.wait(timeout=20) == 3
+    assert records.read_status(run_dir)["state"] == state
+    assert (run_dir / "saved").exists()
+
+
+def test_a_second_signal_leaves_at_once(make_run, background):
+    run_dir = make_run([["deaf"], ["sleep", 600]], grace_s=60)
+    process = background(run_dir)
+    until(lambda: "worker-1" in started(run_dir))
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)  # at once: still one request, as `timeout` sends it
+    time.sleep(1.0)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    assert process.wait(timeout=20) == 3
+    assert time.monotonic() - began < 5
+    assert (
+        "at once: rank 0, 1 was killed before its state was saved" in records.read_status(run_dir)["message"]
+    )
+
+
+def test_an_owner_that_is_killed_preempts_the_run(make_run, background, owner):
+    run_dir = make_run(LONG)
+    process = background(run_dir, [identify(os.getpid()), identify(owner.pid)])
+    until(lambda: (run_dir / "metrics.jsonl").exists())
+    owner.kill()
+    owner.wait()
+    assert process.wait(timeout=20) == 3
+    status = records.read_status(run_dir)
+    assert status["state"] == "preempted"
+    assert (run_dir / "saved").exists()
+
+
+def test_an_owner_that_is_gone_already_starts_nothing(make_run, owner):
+    run_dir = make_run(LONG)
+    gone = identify(owner.pid)
+    owner.kill()
+    owner.wait()
+    assert supervise(run_dir, [gone], **MODULES) == 3
+    assert records.read_status(run_dir)["state"] == "preempted"
+    assert started(run_dir) == {}
+
+
+def test_a_killed_supervisor_takes_its_ranks_along(make_run, background):
+    run_dir = make_run([["deaf"], ["sleep", 600]])
+    process = background(run_dir)
+    until(lambda: "worker-1" in started(run_dir) and "worker-0" in started(run_dir))
+    process.kill()
+    process.wait()
+    until(lambda: living(run_dir) == [], 2.0)
+    assert locks.lock_owner(run_dir) is None
+    status = records.settle(records.read_status(run_dir))
+    assert status["state"] == "failed"
+    assert f"supervisor (pid {process.pid}) ended without a word" in status["message"]
+
+
+def test_a_second_supervisor_is_refused_and_told_who(make_run, background):
+    run_dir = make_run(LONG)
+    process = background(run_dir)
+    until(lambda: (run_dir / "metrics.jsonl").exists())
+    with pytest.raises(UserError, match=f"belongs to process {process.pid} on "):
+        supervise(run_dir, **MODULES)
+    second = background(run_dir)
+    assert second.wait(timeout=20) == 2
+    assert f"belongs to process {process.pid}" in second.stdout.read()
+    assert records.read_status(run_dir)["state"] == "running"
+    process.send_signal(signal.SIGTERM)
+    process.wait(timeout=20)
+
+
+def test_the_foreground_says_something_at_once_and_keeps_talking(make_run, capsys):
+    run_dir = make_run(
+        [
+            ["progress", {"phase": "reference pass", "done": 3, "total": 9}],
+            ["sleep", 4.6],
+            ["train", 10, 0.05],
+        ],
+        num_samples=0,
+    )
+    assert supervise(run_dir, foreground=True, **MODULES) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("start ranks: 0 s of about 20 s, a guess") for line in lines)
+    assert sum(line.startswith("reference pass: 3/9, ") for line in lines) >= 2
+    assert any(line.startswith("reference pass: done in 4.") for line in lines)
+    assert sum(line.startswith("training: step ") for line in lines) >= 5
+    assert any("step 10: loss 0.6000, reward accuracy 50 %" in line for line in lines)
+    assert lines[-1] == "done"
+
+
+def test_a_rank_that_hangs_after_the_end_does_not_keep_the_run(make_run):
+    run_dir = make_run({"0": [["train", 1, 0.01]], "1": [["deaf"], ["sleep", 600]]}, grace_s=1.0)
+    assert supervise(run_dir, **MODULES) == 0
+    assert records.read_status(run_dir)["state"] == "done"
+
+
+def test_a_stop_during_samples_is_a_run_that_is_done(make_run):
+    run_dir = make_run([["train", 1, 0.01]], samples=[["sleep", 600]])
+
+    def stop():
+        until(lambda: "samples" in started(run_dir))
+        records.request_stop(run_dir, "stopped")
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    assert supervise(run_dir, **MODULES) == 0
+    thread.join()
+    status = records.read_status(run_dir)
+    assert (status["state"], status["samples"]) == ("done", "not made: the run was asked to stop")
+
+
+def test_an_error_of_the_supervisor_itself_is_a_failed_run(make_run, capfd):
+    run_dir = make_run([])
+    atomic_write(run_dir / "progress.json", '{"phase": "training"}')
+    assert supervise(run_dir, **MODULES) == 1
+    assert records.read_status(run_dir)["message"].startswith("supervisor: KeyError")
