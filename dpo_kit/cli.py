@@ -1,0 +1,253 @@
+"""The command `dpo-kit`; `python -m dpo_kit ...` is the same.
+
+Exit status: 0 done, 2 a user's mistake (one line on stderr, no traceback), 3 stopped or preempted with its state
+saved, 1 anything else. Each command is a thin call into the module that does the work.
+
+Not here: logic that a notebook would want, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dpo_kit import config as config_module
+from dpo_kit.config import Config
+from dpo_kit.errors import RunError, UserError
+
+EXIT = {"done": 0, "stopped": 3, "preempted": 3}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit status."""
+    warnings.showwarning = _show_warning
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except UserError as error:
+        print(f"dpo-kit: {error}", file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(f"dpo-kit: {error}", file=sys.stderr)
+        return EXIT.get(error.state, 1)
+    except KeyboardInterrupt:
+        print("dpo-kit: interrupted", file=sys.stderr)
+        return 3
+    except BrokenPipeError:
+        return 1
+
+
+def _show_warning(message: Any, category: Any, *_: Any, **__: Any) -> None:
+    print(f"dpo-kit: {message}", file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dpo-kit", description="Direct Preference Optimization, notebook first.", allow_abbrev=False
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, run: Any, text: str, *, config: bool = True) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        command.set_defaults(run=run)
+        if config:
+            command.add_argument("--config", required=True, metavar="FILE", help="a params file (YAML)")
+            command.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. actor.beta=0.2")
+        else:
+            command.add_argument("--fileroot", metavar="DIR", help="where the runs are (default: runs/)")
+        return command
+
+    train = add("train", _train, "train in the foreground; the last line is the run folder")
+    train.add_argument("--detach", action="store_true", help="return once the run has started")
+    add("sweep", _sweep, "one run for each combination, e.g. actor.beta=0.05,0.1 actor.loss_type=sigmoid,ipo")
+    data = add("data", _data, "build the pair store and print its report")
+    data.add_argument("--split", default="train", choices=("train", "valid"))
+    score = add("score", _score, "log-probs, rewards and loss of every pair, one JSON line each")
+    score.add_argument("-o", "--out", required=True, metavar="FILE", help="where the lines go")
+    score.add_argument("--split", default="train", choices=("train", "valid"))
+    sample = add("sample", _sample, "answers of reference and policy, side by side", config=False)
+    sample.add_argument("target", metavar="RUN")
+    asked = sample.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--prompt", metavar="TEXT")
+    asked.add_argument("--prompts", metavar="FILE", help="one prompt a line")
+    export = add("export", _export, "copy a run's model to a Hugging Face folder", config=False)
+    export.add_argument("target", metavar="RUN")
+    export.add_argument("-o", "--out", required=True, metavar="DIR")
+    _add_runs(commands)
+    return parser
+
+
+def _add_runs(commands: Any) -> None:
+    text = "list, show, stop, resume or remove runs"
+    group = commands.add_parser("runs", help=text, description=text, allow_abbrev=False)
+    verbs = group.add_subparsers(required=True, metavar="VERB")
+    for name, run, about in (
+        ("list", _runs_list, "every run below the fileroot, newest first"),
+        ("show", _runs_show, "state, figures and places of one run"),
+        ("stop", _runs_stop, "end a run with its state saved"),
+        ("resume", _runs_resume, "run an interrupted run again"),
+        ("rm", _runs_rm, "remove a run's folder"),
+    ):
+        verb = verbs.add_parser(name, help=about, description=about, allow_abbrev=False)
+        verb.set_defaults(run=run)
+        verb.add_argument("--fileroot", metavar="DIR", help="where the runs are (default: runs/)")
+        if name != "list":
+            verb.add_argument("target", metavar="RUN", help="a folder, experiment/trial, or a trial's name")
+        if name == "rm":
+            verb.add_argument("--yes", action="store_true", help="do not ask")
+
+
+def _load(arguments: argparse.Namespace) -> Config:
+    return config_module.load(arguments.config, arguments.overrides)
+
+
+def _find(arguments: argparse.Namespace) -> Any:
+    from dpo_kit import runs
+
+    return runs.find(arguments.target, _fileroot(arguments))
+
+
+def _fileroot(arguments: argparse.Namespace) -> Path:
+    root = config_module.project_root()
+    return Path(config_module.resolve_path(arguments.fileroot or "runs", root))
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from dpo_kit import launch
+
+    config = _load(arguments)
+    if not arguments.detach:
+        return launch.run_in_foreground(config)
+    run = launch.start(config, detached=True)
+    print(run.dir)
+    return 0
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    from dpo_kit import sweep
+
+    fixed, grid = sweep.split_overrides(arguments.overrides)
+    trials = sweep.expand(lambda extra: config_module.load(arguments.config, [*fixed, *extra]), grid)
+    done = sweep.Sweep(trials).run()
+    print(sweep.table(done.trials).text)
+    return 0
+
+
+def _data(arguments: argparse.Namespace) -> int:
+    store = _build(_load(arguments), arguments.split)
+    from dpo_kit import dataset
+
+    print(dataset.format_report(store))
+    print(store.path)
+    return 0
+
+
+def _build(config: Config, split: str) -> Any:
+    from dpo_kit import dataset
+
+    if split == "valid" and config.valid_dataset is None:
+        raise UserError("valid_dataset is missing; add the section, or use --split train")
+    return dataset.build(config, split, progress=dataset.progress_bar())
+
+
+def _score(arguments: argparse.Namespace) -> int:
+    config = _load(arguments)
+    out = Path(arguments.out)
+    if not out.absolute().parent.is_dir():
+        raise UserError(f"-o {out}: there is no folder {out.absolute().parent}")
+    store = _build(config, arguments.split)
+    from dpo_kit import scoring
+
+    means = scoring.score(config, store, out, _progress_line)
+    for name, value in means.items():
+        print(
+            f"{name.removeprefix('dpo-eval/'):>18}  {'undefined (all ties)' if value is None else f'{value:.6g}'}"
+        )
+    print(out)
+    return 0
+
+
+def _progress_line(phase: str, done: int = 0, total: int | None = None, **_: Any) -> None:
+    if sys.stderr.isatty():
+        print(
+            f"\r{phase}: {done} of {total} pairs",
+            end="\n" if done == total else "",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _sample(arguments: argparse.Namespace) -> int:
+    run = _find(arguments)
+    texts = [arguments.prompt]
+    if arguments.prompts:
+        try:
+            texts = [line for line in Path(arguments.prompts).read_text("utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--prompts {arguments.prompts}: {error}") from error
+    if not texts or not all(t and t.strip() for t in texts):
+        raise UserError("the prompt is empty; give --prompt TEXT or a file with one prompt a line")
+    from dpo_kit import samples
+
+    for found in samples.ask(run.dir, texts):
+        print(
+            f"prompt     {found['prompt']}\nreference  {found['reference']}\npolicy     {found['policy']}\n"
+        )
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    import shutil
+
+    run, out = _find(arguments), Path(arguments.out)
+    if out.exists():
+        raise UserError(f"-o {out} exists; give a folder that does not")
+    from dpo_kit import samples
+
+    source = samples.latest_export(run.dir)
+    part = out.with_name(f".{out.name}.part")
+    try:
+        shutil.copytree(source, part)
+        part.rename(out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    print(out)
+    return 0
+
+
+def _runs_list(arguments: argparse.Namespace) -> int:
+    from dpo_kit import runs
+
+    print(runs.list_table(_fileroot(arguments)))
+    return 0
+
+
+def _runs_show(arguments: argparse.Namespace) -> int:
+    from dpo_kit import runs
+
+    print(runs.show_text(_find(arguments)))
+    return 0
+
+
+def _runs_stop(arguments: argparse.Namespace) -> int:
+    run = _find(arguments)
+    run.stop()
+    print(f"{run.name}: {run.state}")
+    return 0
+
+
+def _runs_resume(arguments: argparse.Namespace) -> int:
+    run = _find(arguments).resume()
+    run.wait()
+    print(run.dir)
+    return 0
+
+
+def _runs_rm(arguments: argparse.Namespace) -> int:
+    from dpo_kit import runs
+
+    return 0 if runs.remove(_find(arguments), yes=arguments.yes) else 1
