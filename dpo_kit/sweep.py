@@ -179,11 +179,16 @@ class Sweep:
             self._work(show=show)
         except BaseException:
             self.stop()
+            self._until_ended()
             raise
         bad = [t for t in self.trials if t.state != "done"]
         if bad:
             told = "; ".join(f"{t.label}: {t.error or t.state}" for t in bad)
-            raise RunError(f"{len(bad)} of {len(self.trials)} runs did not end done: {told}")
+            asked = all(t.state in ("stopped", "preempted", _SKIPPED) for t in bad)
+            raise RunError(
+                f"{len(bad)} of {len(self.trials)} runs did not end done: {told}",
+                state="stopped" if asked else "failed",
+            )
         return self
 
     def stop(self) -> None:
@@ -192,6 +197,13 @@ class Sweep:
         for trial in self.trials:
             if trial.run is not None and records.is_live(trial.run.status):
                 records.request_stop(trial.run.dir, "stopped")
+
+    def _until_ended(self) -> None:
+        """Waits until the run that was asked to stop has saved, at most its grace period."""
+        for trial in self.trials:
+            deadline = time.monotonic() + trial.config.cluster.grace_s
+            while trial.run and records.is_live(trial.run.status) and time.monotonic() < deadline:
+                time.sleep(_POLL_S)
 
     def wait(self, timeout: float | None = None) -> bool:
         """Waits for a started sweep; False when `timeout` seconds were not enough."""

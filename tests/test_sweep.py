@@ -149,6 +149,33 @@ def test_one_failing_run_does_not_take_the_others_along(base, started):
     assert [t.state for t in trials] == ["failed", "done"]
 
 
+def test_an_interrupt_stops_the_run_and_waits_for_its_end(base, started, monkeypatch):
+    monkeypatch.setattr(FakeRun, "hold", True)
+
+    def interrupted(self, timeout=None, show=True):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FakeRun, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sweep.Sweep(sweep.expand(base, sweep.axes(betas=[0.05, 0.1]))).run()
+    (run,) = started
+    assert records.read_status(run.dir)["state"] == "stopped"
+
+
+def test_an_asked_stop_is_no_failure(base, started, monkeypatch):
+    monkeypatch.setattr(FakeRun, "hold", True)
+    running = sweep.Sweep(sweep.expand(base, sweep.axes(betas=[0.05, 0.1])))
+
+    def wait(self, timeout=None, show=True):
+        running.stop()
+        raise RunError("stopped", state=self.state)
+
+    monkeypatch.setattr(FakeRun, "wait", wait)
+    with pytest.raises(RunError, match=r"beta 0\.1: not started") as caught:
+        running.run()
+    assert caught.value.state == "stopped"
+
+
 def test_a_run_that_cannot_start_is_told(base, monkeypatch, capsys):
     monkeypatch.setattr(sweep.launch, "start", lambda settings: 1 / 0)
     with pytest.raises(RunError, match="ZeroDivisionError"):
