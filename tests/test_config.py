@@ -99,6 +99,7 @@ def test_the_defaults_are_the_seeds():
     assert (c.actor.mb_spec.granularity, c.ref.mb_spec.granularity) == (2, 2)
     assert (c.train_dataset.split, c.train_dataset.max_length) == ("train", 2048)
     assert small("valid_dataset.path=sample").valid_dataset.split == "test"
+    assert small("actor.mb_spec.max_tokens_per_mb=99").ref.mb_spec.max_tokens_per_mb == 99
     assert (c.cluster.n_gpus_per_node, c.cluster.grace_s, c.recover.mode) == ("auto", 60.0, "disabled")
     assert (c.ref.logps, c.train_dataset.max_dropped_share) == ("cached", 1.0)
 
@@ -125,6 +126,7 @@ def test_the_7b_params_are_the_seeds_run():
 MISTAKES = {
     "actor.betta=0.2": "actor.betta is not a known key; did you mean actor.beta?",
     "actor.lr=1": "actor.lr is not a known key; did you mean actor.optimizer.lr?",
+    "scheduler.loss_type=ipo": "scheduler.loss_type is not a known key; did you mean actor.loss_type?",
     "beta=0.2": "beta is not a known key; did you mean actor.beta?",
     "actor.optimzer.lr=1": "actor.optimzer is not a known key; did you mean actor.optimizer?",
     "seed.x=1": "seed.x is not a known key: seed is a value and not a section",
@@ -204,6 +206,19 @@ def test_a_wrong_field_that_another_refers_to_is_reported_once():
     assert problems(["actor.dtype=fp16"]) == ["actor.dtype = 'fp16' is not one of bfloat16, float32, float64"]
     assert len(problems(["actor.backend=fsdp:x"])) == 1
     assert len(problems(["actor.path=${oc.env:DPO_KIT_NO_SUCH_VARIABLE}"])) == 1
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"valid_dataset": {"path": 5}},
+        {"ref": {"backend": 5}},
+        {"valid_dataset": 5, "saver": {"best": True}},
+        {"actor": {"path": "x", "backend": "fsdp:d4"}, "train_dataset": {"path": "x", "batch_size": "three"}},
+    ],
+)
+def test_a_wrong_field_is_not_reported_again_for_what_depends_on_it(sections):
+    assert len(problems(**sections)) == 1
 
 
 @pytest.mark.parametrize("missing", ["actor", "ref", "train_dataset"])
@@ -403,6 +418,12 @@ def test_recover_mode_reads_booleans_as_on_and_off(given, mode):
     assert small(f"recover.mode={given}").recover.mode == mode
 
 
+@pytest.mark.parametrize("given", [1, 0, [True], {"a": 1}])
+def test_recover_mode_takes_no_number_for_a_boolean(given):
+    (line,) = problems(recover={"mode": given})
+    assert line.startswith(f"recover.mode = {given} is ")
+
+
 # --- overrides -------------------------------------------------------------------------------------------
 
 
@@ -422,6 +443,8 @@ def test_null_and_references_are_read_in_an_override_of_a_text_field():
 def test_later_overrides_win_and_sections_merge():
     c = small("actor.beta=0.2", "actor.optimizer={lr: 1e-5}", "actor.beta = 0.3")
     assert (c.actor.beta, c.actor.optimizer.lr, c.actor.optimizer.weight_decay) == (0.3, 1e-5, 0.01)
+    optimizer = small("actor.optimizer={lr: 1e-5}", "actor.optimizer={eps: 1e-6}").actor.optimizer
+    assert (optimizer.lr, optimizer.eps) == (1e-5, 1e-6)
 
 
 def test_a_single_text_is_one_override():
@@ -431,6 +454,19 @@ def test_a_single_text_is_one_override():
 def test_overriding_inside_a_reference_is_refused():
     (line,) = problems(["valid_dataset.split=x"], valid_dataset="${train_dataset}")
     assert line.startswith("valid_dataset.split cannot be set because valid_dataset is the reference")
+
+
+def test_overriding_inside_a_value_is_refused():
+    found = problems(["train_dataset.batch_size=4"], train_dataset="sample")
+    assert found[0] == "train_dataset = 'sample' is not a section; give keys and values"
+
+
+def test_an_empty_value_at_the_top_level_is_a_key_left_out():
+    plain = small()
+    for empty in (None, "", {}, [], "null"):
+        assert small(seed=empty, trial_name=empty, evaluator=empty, valid_dataset=empty) == plain
+    assert small("tokenizer_path=", "evaluator=null", "trial_name=null") == plain
+    assert small("tokenizer_path=null").tokenizer_path == "tiny-random"
 
 
 def test_the_given_tree_is_not_changed():

@@ -45,6 +45,7 @@ def test_a_reference_that_leads_nowhere_is_one_line(reference, message):
     (line,) = problems([f"ref.path={reference}"])
     assert line.startswith(f"ref.path = '{reference}' ")
     assert message in line
+    assert "\n" not in line
 
 
 def test_an_ignored_key_may_refer_to_nothing():
@@ -96,7 +97,9 @@ def test_a_missing_file_and_a_folder_are_config_errors(tmp_path):
 
 def test_a_byte_order_mark_and_merge_keys_are_read(tmp_path):
     text = (DATA / "seed_fragment.yaml").read_text() + "valid_dataset:\n  <<: {path: sample}\n  split: test\n"
+    text += "trial_name: 2024-01-01\n"
     c = config.load(write(tmp_path, b"\xef\xbb\xbf" + text.encode()))
+    assert c.trial_name == "2024-01-01"
     assert c.valid_dataset.path == "sample"
 
 

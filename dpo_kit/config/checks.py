@@ -140,8 +140,6 @@ def _parallel(config: Config, fine: Fine) -> Iterator[str]:
         return
     if fine("ref.backend"):
         yield from _same_ranks(config, backend)
-    if not backend.explicit:
-        return
     pairs = config.train_dataset.batch_size
     if fine("train_dataset.batch_size") and pairs < backend.d:
         yield (
@@ -154,8 +152,7 @@ def _parallel(config: Config, fine: Fine) -> Iterator[str]:
 
 def _same_ranks(config: Config, backend: Backend) -> Iterator[str]:
     ref, problems = _backend("ref.backend", config.ref.backend)
-    # The actor's text is wrong in the same way and was reported already.
-    yield from (p for p in problems if config.ref.backend != config.actor.backend)
+    yield from problems
     if ref is not None and ref != backend:
         yield (
             f"ref.backend = {config.ref.backend!r} differs from actor.backend = {config.actor.backend!r}: "

@@ -170,27 +170,12 @@ def _check_section(cls: type, given: dict[str, Any], prefix: str, walk: Walk) ->
             walk.wrong(name, unknown_key(name, known))
         elif inner := schema.section_type(known[key][0]):
             if isinstance(value, dict):
-                value = _completed(inner, value, name, walk)
                 out[key] = _check_section(inner, value, name + ".", walk)
             elif value is not None or key != "valid_dataset":
                 walk.wrong(name, f"{name} = {show(value)} is not a section; give it keys and values")
         else:
             _check_field(name, value, known[key], out, walk)
     return out
-
-
-def _completed(cls: type, given: dict[str, Any], name: str, walk: Walk) -> dict[str, Any]:
-    """A section with its defaults. Only one that was itself a reference still lacks any."""
-    if name not in walk.resolved.interpolated:
-        return given
-    filled = _over(dataclasses.asdict(cls()), given, name + ".", {})
-    for key, value in filled.items():
-        if isinstance(value, str) and key not in given and value.startswith("${"):
-            node: Any = walk.resolved.tree
-            for part in value[2:-1].split("."):
-                node = node.get(part) if isinstance(node, dict) else None
-            filled[key] = node
-    return filled
 
 
 def _check_field(
@@ -204,7 +189,8 @@ def _check_field(
             walk.wrong(name, f"{name} is missing; {known[1].get('missing', 'give it a value')}")
         return
     if name == "tokenizer_path" and is_empty(value):
-        return  # empty means actor.path, as its default does
+        out[key] = ""  # `load` puts actor.path there
+        return
     reference = walk.resolved.interpolated.get(name)
     hint, rule = known
     try:
