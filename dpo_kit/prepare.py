@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dpo_kit import builtin, records
+from dpo_kit import builtin, preflight, records
 from dpo_kit import config as config_module
 from dpo_kit.config import Config
 from dpo_kit.errors import ConfigError, UserError
@@ -64,20 +64,12 @@ def check_tokenizers(config: Config) -> None:
     Raises:
         ConfigError: their vocabularies differ.
     """
-    if config.ref.path == config.actor.path:
+    if config.ref.path == config.tokenizer_path:
         return
-    own = builtin.load_tokenizer(config.tokenizer_path or config.actor.path)
-    other = builtin.load_tokenizer(config.ref.path)
-    mine, theirs = own.get_vocab(), other.get_vocab()
-    if mine != theirs:
-        differing = sum(1 for token in mine.keys() | theirs.keys() if mine.get(token) != theirs.get(token))
-        raise ConfigError(
-            [
-                f"ref.path = {config.ref.path!r} has another tokenizer than {config.tokenizer_path!r}: {differing} of"
-                f" {max(len(mine), len(theirs))} tokens differ; use a reference of the same family, by preference"
-                " ${actor.path}"
-            ]
-        )
+    own = builtin.load_tokenizer(config.tokenizer_path).get_vocab()
+    other = builtin.load_tokenizer(config.ref.path).get_vocab()
+    if own != other:
+        raise ConfigError([preflight.tokenizer_problem(config, own, other)])
 
 
 def _counter(run_dir: Path) -> Callable[[int, int | None], None]:

@@ -190,7 +190,7 @@ def _created_at(run_dir: Path) -> float:
 
 def reset_status(run_dir: Path) -> dict[str, Any]:
     """Writes the status of a run that waits for its supervisor."""
-    now = time.time()
+    now, before = time.time(), read_status(run_dir)
     status: dict[str, Any] = {
         "state": "queued",
         "step": 0,
@@ -200,7 +200,8 @@ def reset_status(run_dir: Path) -> dict[str, Any]:
         "phase_total": None,
         "phase_started_at": None,
         "phase_expected_s": None,
-        "created_at": read_status(run_dir).get("created_at") or now,
+        "created_at": before.get("created_at") or now,
+        "attempt": before.get("attempt", 0) + 1,
         "started_at": None,
         "updated_at": now,
         "ended_at": None,

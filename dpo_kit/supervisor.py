@@ -57,7 +57,7 @@ def supervise(
     Args:
         run_dir: a folder made by `records.create`.
         owners: identities (`processes.identify`) of processes whose end ends the run as `preempted`.
-        foreground: print progress, and remove the folder when the data are a user's mistake.
+        foreground: print progress, and remove the new folder when the data are a user's mistake.
         prepare_module: what is run as `python -m ... RUN_DIR` to build models and pairs.
         worker_module: what every rank runs.
         samples_module: what answers the prompts after training.
@@ -76,7 +76,8 @@ def supervise(
     modules = (prepare_module, worker_module, samples_module)
     with locks.lock(run_dir), _signals(session):
         state, message, mistake = _guarded(session, modules)
-        if foreground and mistake and not session.started_ranks:
+        first = records.read_status(run_dir).get("attempt") == 1
+        if foreground and mistake and first and not session.started_ranks:
             records.remove_folder(run_dir)
             raise UserError(message)
         _finish(session, state, message)

@@ -1,0 +1,262 @@
+"""Starting runs: find the devices, refuse what cannot run, make the folder, start the supervisor.
+
+    run = launch.start(settings)                   returns at once; attaches when its run lives
+    code = launch.run_in_foreground(settings)      what `dpo-kit train` does
+    results = launch.spawn(my_module.fn, 1, 2)     a function on N ranks for a cell
+
+Whether a run outlives this process is a matter of who sits before it (`owners`). Everything that can be told
+without building data is checked before the folder is made, so that a mistake leaves nothing on disk.
+
+Deliberately not here: what happens to a started run (supervisor, runs), Ray and Slurm (a later module).
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dpo_kit import config as config_module
+from dpo_kit import devices, manifest, preflight, records, runs
+from dpo_kit.config import Config
+from dpo_kit.errors import ConfigError, UserError
+from dpo_kit.files import to_json
+from dpo_kit.owners import is_headless
+from dpo_kit.processes import physical_cores
+from dpo_kit.runs import Run
+from dpo_kit.spawn import spawn
+from dpo_kit.supervisor import supervise
+
+__all__ = ["is_headless", "live", "resolve_world", "run_in_foreground", "spawn", "start"]
+
+Say = Callable[[str], None]
+
+
+def start(config: Config, new: bool = False, *, owner: str | None = None, detached: bool = False) -> Run:
+    """Starts a run and returns its handle at once.
+
+    Interactive, a live run with the same configuration or of the same trial name is attached instead of
+    started a second time, so that a launch cell can be run again. Headless (papermill, nbconvert, pytest, a
+    plain script) the run belongs to this process and ends with it.
+
+    Args:
+        config: a loaded configuration.
+        new: start another run even while one like it lives.
+        owner: `interactive` or `headless`; None finds out (`is_headless`).
+        detached: the run belongs to nobody, whoever starts it (`dpo-kit train --detach`).
+
+    Raises:
+        UserError: what cannot run here, or a trial that exists. Nothing is left on disk.
+    """
+    kind = "detached" if detached else owner or ("headless" if is_headless() else "interactive")
+    assert kind in ("detached", "headless", "interactive"), kind
+    config = resolve_world(config)
+    if kind == "interactive" and not new and (running := _alike(config)):
+        return running
+    run, is_done = _open_trial(config, kind)
+    if not is_done:
+        runs.start_supervisor(run, kind)
+        _say(f"run: {run.dir}")
+    return run
+
+
+def run_in_foreground(config: Config) -> int:
+    """Trains with this process as the supervisor; the last line it prints is the run folder.
+
+    The first SIGINT or SIGTERM stops the run with its state saved, the second leaves at once.
+
+    Returns:
+        Exit status: 0 done, 2 a user's mistake in a rank, 3 stopped or preempted, 1 failed.
+
+    Raises:
+        UserError: what cannot run, a trial that exists, data that cannot be used. Nothing is left on disk.
+    """
+    config = resolve_world(config)
+    run, is_done = _open_trial(config, "foreground")
+    code = 0 if is_done else supervise(run.dir, foreground=True)
+    if code != 0:
+        print(run.epitaph(), file=sys.stderr, flush=True)
+    _say(str(run.dir))
+    return code
+
+
+def live(fileroot: str | Path) -> list[Run]:
+    """Runs under a root that a supervisor is working on, oldest first."""
+    return [run for run in map(Run, records.list_runs(Path(fileroot))) if run.is_live]
+
+
+# ---------------------------------------------------------------- devices
+
+
+def resolve_world(config: Config, say: Say | None = None) -> Config:
+    """Fills in devices and ranks: `cluster.n_gpus_per_node` becomes a number, the backend gets its sizes.
+
+    Args:
+        config: loaded; not changed.
+        say: where to say what was chosen; prints by default.
+
+    Raises:
+        UserError: more ranks or devices than there are (both numbers named), a scheduler that is not built
+            yet, or a contradiction that only shows with the numbers filled in.
+    """
+    say = say or _say
+    if config.scheduler.type != "local":
+        raise UserError(
+            f"scheduler.type = {config.scheduler.type!r} loads, but launching on it comes later;"
+            " use scheduler.type=local"
+        )
+    config = copy.deepcopy(config)
+    visible = devices.visible_devices()
+    wanted = config.cluster.n_gpus_per_node
+    if wanted == "auto":
+        config.cluster.n_gpus_per_node = visible
+    elif int(wanted) > visible:
+        raise ConfigError(
+            [
+                f"cluster.n_gpus_per_node = {wanted} is more than the {visible} CUDA devices that are visible here;"
+                f" use {visible}{' (CPU ranks)' if visible == 0 else ''}, or auto"
+            ]
+        )
+    _fill_backend(config, automatic=wanted == "auto")
+    config_module.check(config)
+    say(_told(config, visible))
+    return config
+
+
+def _fill_backend(config: Config, *, automatic: bool) -> None:
+    backend = config_module.parse_backend(config.actor.backend)
+    num_devices = int(config.cluster.n_gpus_per_node)
+    if not backend.explicit:
+        sized = f"{backend.kind}:d{max(1, num_devices)}p1t1"
+        if config.ref.backend == config.actor.backend:
+            config.ref.backend = sized
+        config.actor.backend = sized
+        return
+    cores = os.cpu_count() or 1
+    # `n_gpus_per_node: 0` asks for CPU ranks, however many; `auto` only falls back to them.
+    if automatic and num_devices == 0 and backend.world_size > cores:
+        raise ConfigError(
+            [
+                f"actor.backend = {config.actor.backend!r} needs {backend.world_size} ranks, and there are 0 CUDA"
+                f" devices and {cores} CPU cores here; use actor.backend=fsdp, or cluster.n_gpus_per_node=0 for"
+                f" {backend.world_size} CPU ranks all the same"
+            ]
+        )
+
+
+def _told(config: Config, visible: int) -> str:
+    num_ranks = config_module.parse_backend(config.actor.backend).world_size
+    plural = "s" if num_ranks > 1 else ""
+    if not config.cluster.n_gpus_per_node:
+        threads = max(1, physical_cores() // num_ranks)
+        return f"{num_ranks} CPU rank{plural} (gloo), {threads} thread{'s' if threads > 1 else ''} each"
+    spare = f"; {visible - num_ranks} of {visible} visible devices stay unused" if num_ranks < visible else ""
+    return f"{num_ranks} CUDA rank{plural} (NCCL){spare}"
+
+
+# ---------------------------------------------------------------- which folder
+
+
+def _alike(config: Config) -> Run | None:
+    """A live run of the same trial name or configuration, to attach to; says so."""
+    for run in reversed(live(config.cluster.fileroot)):
+        if run.dir.parent.name != config.experiment_name:
+            continue
+        try:
+            other = run.config
+        except UserError:
+            continue
+        if config.trial_name in (None, run.dir.name):
+            differing = _differences(config, other)
+            if not differing or config.trial_name is not None:
+                note = f"; its configuration differs: {', '.join(differing)}" if differing else ""
+                _say(
+                    f"attached to the live run {run.dir} (step {run.status.get('step') or 0}){note};"
+                    " launch.start(..., new=True) starts another"
+                )
+                return run
+    return None
+
+
+def _open_trial(config: Config, kind: str) -> tuple[Run, bool]:
+    """The queued run to start, or the done one that there is (True).
+
+    Raises:
+        UserError: see `start`.
+    """
+    named = config.trial_name is not None
+    trial = config.trial_name or records.fresh_trial_name()
+    config = replace(config, trial_name=trial)
+    folder = records.run_folder(Path(config.cluster.fileroot), config.experiment_name, trial)
+    exists = (folder / "status.json").is_file()
+    if exists and _is_settled(config, Run(folder)):
+        return Run(folder), True
+    preflight.check(config)
+    made = manifest.build(config, named=named, owner=kind)
+    made |= {"command": manifest.repeat_command(folder), "continue": manifest.continue_command(folder)}
+    text = config_module.to_yaml(config)
+    if exists:
+        runs.begin_anew(Run(folder), {"config.yaml": text, "manifest.json": to_json(made, indent=2)})
+        return Run(folder), False
+    root = Path(config.cluster.fileroot)
+    return Run(records.create(root, config.experiment_name, trial, config_text=text, manifest=made)), False
+
+
+def _is_settled(config: Config, run: Run) -> bool:
+    """True for a trial that exists and is done; False for one that may start anew.
+
+    Raises:
+        UserError: it is live, it is done with another configuration, or `recover.mode` does not allow to go on.
+    """
+    status = run.status
+    if run.is_live:
+        supervisor = status.get("supervisor") or {}
+        raise UserError(
+            f"trial_name = {run.dir.name!r}: {run.name} is {status['state']}, by process {supervisor.get('pid')} on"
+            f" {supervisor.get('host')}; stop it (dpo-kit runs stop {run.dir}) or use another trial_name"
+        )
+    if config.recover.mode != "auto":
+        raise UserError(
+            f"trial_name = {run.dir.name!r}: {run.name} exists and is {status['state']}; use another trial_name, or"
+            f" `dpo-kit runs resume {run.name}`, or recover.mode=auto"
+        )
+    differing = _differences(config, run.config)
+    if status["state"] != "done":
+        if differing:
+            _say(f"{run.name} was {status['state']}; its configuration changes: {', '.join(differing)}")
+        return False
+    if differing:
+        raise UserError(
+            f"trial_name = {run.dir.name!r}: {run.name} is done with another configuration ({', '.join(differing)});"
+            " use another trial_name"
+        )
+    _say(f"{run.name} is done at step {status.get('step')}: skipped")
+    return True
+
+
+def _differences(config: Config, other: Config) -> list[str]:
+    """Keys in which two configurations mean different runs, with both values: `actor.beta: 0.1 -> 0.2`."""
+    found = []
+    for key, old, new in _leaves(config_module.to_tree(other), config_module.to_tree(config)):
+        if key != "trial_name" and not key.startswith("recover") and old != new:
+            found.append(f"{key}: {old} -> {new}")
+    return found
+
+
+def _leaves(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = dict.fromkeys([*old, *new])
+        return [
+            leaf
+            for key in keys
+            for leaf in _leaves(old.get(key), new.get(key), f"{prefix}.{key}".lstrip("."))
+        ]
+    return [(prefix, old, new)]
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)

@@ -1,0 +1,100 @@
+"""A run on screen while it works: bar with elapsed and expected time, and the reward curves as they grow.
+
+    cell output   [=======>      ]  training: step 23/60, 58 s of about 150 s
+                  chosen and rejected rewards, a FigureWidget; at the end the same chart as a picture
+
+A FigureWidget stores 5 MB of state in a notebook, so that at the end it is replaced by Plotly's own JSON and
+a PNG, and closed. Without plotly or anywidget there is the bar alone.
+
+Deliberately not here: plain lines (watch), waiting (runs), what the chart shows (plots).
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from dpo_kit import records, watch
+from dpo_kit.display import Html, escape
+
+_BAR_S = 0.5
+_CHART_S = 1.0
+
+
+class View:
+    """The display of one run in one notebook cell. `update` a few times a second, then `close`."""
+
+    def __init__(self, run: Any, *, chart: bool = True):
+        self.run = run
+        self.bar_at = self.chart_at = 0.0
+        self.size = -1
+        self.bar = _show(bar(run.name, records.read_status(run.dir)))
+        opened: tuple[Any, Any] = self._open_chart() if chart else (None, None)
+        self.chart, self.widget = opened
+
+    def update(self, status: dict[str, Any]) -> None:
+        """Brings bar and chart up to date, when it is time."""
+        now = time.monotonic()
+        if now - self.bar_at > _BAR_S:
+            self.bar_at = now
+            self.bar.update(bar(self.run.name, status))
+        if self.widget is not None and now - self.chart_at > _CHART_S:
+            self.chart_at = now
+            self._refresh()
+
+    def close(self, status: dict[str, Any]) -> None:
+        """The last state, and a chart that needs no live widget."""
+        self.bar.update(bar(self.run.name, status))
+        if self.widget is None:
+            return
+        from dpo_kit import plots
+
+        self.chart.update(plots.mimebundle(plots.rewards(self.run)), raw=True)
+        self.widget.close()
+        self.widget = None
+
+    def _open_chart(self) -> tuple[Any, Any]:
+        try:
+            from dpo_kit import plots
+
+            widget = plots.live(plots.rewards(self.run))
+        except (ImportError, ValueError) as error:
+            _show(Html(f"<small>no live chart: {escape(error)}</small>", f"no live chart: {error}"))
+            return None, None
+        return _show(widget), widget
+
+    def _refresh(self) -> None:
+        from dpo_kit import plots
+
+        size = _size(self.run.dir / "metrics.jsonl")
+        if size != self.size:
+            self.size = size
+            plots.refresh(self.widget, plots.rewards(self.run))
+
+
+def bar(name: str, status: dict[str, Any]) -> Html:
+    """Name, share done and words on the phase in hand, as HTML with a plain text twin."""
+    state = status.get("state", "unknown")
+    text = f"{name}: {watch.describe(status)}"
+    colour = {"failed": "#D55E00", "stopped": "#E69F00", "preempted": "#E69F00", "done": "#009E73"}.get(state)
+    share = 100 * (1.0 if state in records.ENDED else watch.share_done(status))
+    markup = (
+        '<div style="border:1px solid rgba(127,127,127,.5);border-radius:4px;height:.8em;max-width:40em">'
+        f'<div style="width:{share:.1f}%;height:100%;border-radius:3px;background:{colour or "#0072B2"}"></div>'
+        f'</div><div style="margin:.2em 0">{escape(text)}</div>'
+    )
+    return Html(markup, text)
+
+
+def _show(thing: Any) -> Any:
+    from IPython.display import display
+
+    return display(thing, display_id=True)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0

@@ -1,0 +1,401 @@
+"""The handle of a run: its state, its records, waiting, stopping, starting it again; lists of runs.
+
+    run = runs.open("runs/demo/2026-11-22_15-30-05-brave-otter")
+    run.state, run.status["step"]; run.metrics(); run.wait(); run.stop()
+
+A handle holds a folder and no process: any process that sees the folder has the same run.
+
+Deliberately not here: starting new runs (launch), charts (plots), what the records mean (analysis).
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import subprocess
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dpo_kit import config as config_module
+from dpo_kit import locks, manifest, owners, records, supervisor, watch
+from dpo_kit.config import Config
+from dpo_kit.display import plain_table, table
+from dpo_kit.errors import RunError, UserError
+from dpo_kit.files import atomic_write, read_json
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_POLL_S = 0.25
+# From the last rank's end until the supervisor has written the state.
+_STOP_SLACK_S = 15.0
+_supervisors: dict[int, subprocess.Popen] = {}  # kept so that Python does not warn about running children
+
+
+class Run:
+    """One run folder. Every property reads the disk, so that it is never stale."""
+
+    def __init__(self, folder: Path):
+        self.dir = folder
+        self._supervisor: subprocess.Popen | None = None
+
+    def __repr__(self) -> str:
+        return f"Run({self.name}: {watch.describe(self.status)})"
+
+    def _repr_html_(self) -> str:
+        status = self.status
+        rows = [["state", watch.describe(status)], ["step", _steps(status)], ["folder", str(self.dir)]]
+        if status.get("samples"):
+            rows.append(["samples", status["samples"]])
+        return table(["run", self.name], rows)._repr_html_()
+
+    @property
+    def name(self) -> str:
+        """`experiment/trial`."""
+        return f"{self.dir.parent.name}/{self.dir.name}"
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """What `status.json` says now; a run whose supervisor is gone has failed."""
+        status = records.read_status(self.dir)
+        process = self._supervisor
+        if status.get("state") == "queued" and process is not None and process.poll() is not None:
+            status = records.read_status(self.dir)
+            if status.get("state") == "queued":
+                return {
+                    **status,
+                    "state": "failed",
+                    "message": _supervisor_words(self.dir, process.returncode),
+                }
+        return records.settle(status)
+
+    @property
+    def state(self) -> str:
+        """queued | running | stopped | preempted | failed | done."""
+        return self.status.get("state", "unknown")
+
+    @property
+    def is_live(self) -> bool:
+        """True while a supervisor works on it."""
+        return self.state not in records.ENDED
+
+    @property
+    def config(self) -> Config:
+        """The resolved configuration of the run."""
+        return config_module.load(self.dir / "config.yaml")
+
+    def metrics(self) -> pd.DataFrame:
+        """`metrics.jsonl` as a table: one row a line (training steps and evaluations), one column a name."""
+        try:
+            import pandas
+        except ImportError as error:
+            raise UserError('run.metrics() needs pandas; run: pip install "dpo-kit[notebook]"') from error
+        return pandas.DataFrame.from_records(records.read_metrics(self.dir))
+
+    def wait(self, timeout: float | None = None, show: bool = True) -> Run:
+        """Waits for the end, showing progress: bar and live chart in a notebook, else plain lines.
+
+        An interrupt leaves an interactive run alone; a headless one, which belongs to this process, is asked
+        to save and end as `preempted`.
+
+        Args:
+            timeout: seconds; None waits as long as it takes.
+            show: whether to show anything.
+
+        Raises:
+            RunError: the run did not end `done`; the message holds cause, logs and what to do.
+            TimeoutError: it did not end in time; it goes on.
+        """
+        try:
+            status = self._follow(timeout, show)
+        except KeyboardInterrupt:
+            if _belongs_here(records.read_status(self.dir)):
+                records.request_stop(self.dir, "preempted")
+                print(f"interrupted: {self.name} saves and ends", flush=True)
+            elif show:
+                print(f"{self.name} goes on; run.wait() shows it again, run.stop() ends it", flush=True)
+            raise
+        if status.get("state") != "done":
+            raise RunError(self.epitaph(), run_dir=self.dir, state=status.get("state", "failed"))
+        return self
+
+    def watch(self) -> None:
+        """Shows progress until the end and raises nothing: in a notebook beside the cells that follow.
+
+        In a notebook this returns at once (a thread keeps bar and chart up to date, and other cells and
+        buttons stay usable); headless it prints lines and returns at the end of the run.
+        """
+        if owners.in_notebook() and not owners.is_headless():
+            view = _view(self)
+            threading.Thread(target=self._follow, args=(None, True, view), name="watch", daemon=True).start()
+        else:
+            self._follow(None, True)
+
+    def stop(self, timeout: float | None = None) -> Run:
+        """Asks the run to save and end as `stopped`, and waits for that; one that has ended is left alone.
+
+        Args:
+            timeout: seconds; None takes `cluster.grace_s` and some.
+
+        Raises:
+            TimeoutError: it did not end in time.
+        """
+        if not self.is_live:
+            return self
+        records.request_stop(self.dir, "stopped")
+        limit = self.config.cluster.grace_s + _STOP_SLACK_S if timeout is None else timeout
+        self._follow(limit, False)
+        return self
+
+    def resume(self) -> Run:
+        """Starts the supervisor on this folder again; without checkpoints the trial starts anew.
+
+        A run that is done or live is left as it is, and so says.
+        """
+        if self.state == "done":
+            print(f"{self.name} is done; nothing to resume", flush=True)
+        elif self.is_live:
+            print(f"{self.name} is {self.state}; nothing to resume", flush=True)
+        else:
+            begin_anew(self)
+            start_supervisor(self)
+        return self
+
+    def epitaph(self) -> str:
+        """What ended the run, where its logs are, and the command that continues it."""
+        status = self.status
+        where = f" at step {_steps(status)}" if status.get("step") else ""
+        lines = [f"{self.name}: {status.get('state')}{where}"]
+        if status.get("message"):
+            lines[0] += f": {status['message']}"
+        if status.get("state") != "done":
+            lines += [f"logs: {self.dir / 'logs'}", f"to continue: {self.continue_command()}"]
+        return "\n".join(lines)
+
+    def continue_command(self) -> str:
+        """The command that runs this trial again."""
+        return manifest.continue_command(self.dir)
+
+    def _follow(self, timeout: float | None, show: bool, view: Any = None) -> dict[str, Any]:
+        """Shows the run until it ends; its last status."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        if show and view is None:
+            view = _view(self)
+        status = self.status
+        try:
+            while status.get("state") not in records.ENDED:
+                if view is not None:
+                    view.update(status)
+                if deadline is not None and time.monotonic() > deadline:
+                    raise TimeoutError(f"{self.name} is still {watch.describe(status)} after {timeout:g} s")
+                time.sleep(_POLL_S)
+                status = self.status
+        finally:
+            if view is not None:
+                view.close(status)
+        return status
+
+
+def open(path: str | Path) -> Run:
+    """The run in a folder.
+
+    Raises:
+        UserError: there is no run.
+    """
+    folder = Path(path).expanduser().absolute()
+    if not (folder / "status.json").is_file():
+        raise UserError(
+            f"{folder} is no run folder (no status.json); `dpo-kit runs list` shows those there are"
+        )
+    return Run(folder)
+
+
+def find(text: str, fileroot: str | Path) -> Run:
+    """The run that a path, `experiment/trial`, or a trial's name alone means.
+
+    Raises:
+        UserError: none, or several.
+    """
+    runs = [Run(folder) for folder in records.list_runs(Path(fileroot))]
+    named = [run for run in runs if text in (run.name, run.dir.name)]
+    exact = [run for run in named if run.name == text]
+    if len(exact or named) == 1:
+        return (exact or named)[0]
+    if named:
+        raise UserError(
+            f"{text!r} names {len(named)} runs: {', '.join(run.name for run in named)}; give one of them"
+        )
+    if (Path(text).expanduser() / "status.json").is_file():
+        return open(text)
+    near = difflib.get_close_matches(text, [name for run in runs for name in (run.name, run.dir.name)], n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else "; `dpo-kit runs list` shows those there are"
+    raise UserError(f"{text!r} is no run under {fileroot} and no run folder{hint}")
+
+
+# ---------------------------------------------------------------- lists
+
+
+def list_table(fileroot: str | Path) -> str:
+    """Every run under a root, newest first, as a text table."""
+    rows = []
+    for folder in reversed(records.list_runs(Path(fileroot))):
+        run = Run(folder)
+        try:
+            status = run.status
+        except UserError as error:
+            status = {"state": "unknown", "message": str(error)}
+        created = time.strftime("%Y-%m-%d %H:%M", time.localtime(status.get("created_at") or 0))
+        told = (
+            watch.describe(status)
+            if status["state"] in ("queued", "running")
+            else status.get("message") or ""
+        )
+        rows.append([run.name, status["state"], _steps(status), created, told])
+    if not rows:
+        return f"no runs under {fileroot}"
+    return plain_table(["run", "state", "step", "started", ""], rows)
+
+
+def show_text(run: Run) -> str:
+    """State, figures and places of one run."""
+    status, made = run.status, read_json(run.dir / "manifest.json", {})
+    lines = [f"{run.name}", f"  state    {watch.describe(status)}", f"  step     {_steps(status)}"]
+    last = watch.last_record(run.dir)
+    if last:
+        figures = [
+            f"{key} {last[key]:.6g}"
+            for key in ("dpo/loss", "dpo/reward_accuracy")
+            if last.get(key) is not None
+        ]
+        lines.append(f"  last     step {last['step']}: {', '.join(figures)}")
+    for phase in status.get("phases", []):
+        lines.append(f"  phase    {phase['name']}: {phase['seconds']:.1f} s")
+    for error in records.read_rank_errors(run.dir):
+        lines.append(f"  error    {error['rank']}: {error['error']}")
+    if status.get("samples"):
+        lines.append(f"  samples  {status['samples']}")
+    owner = locks.lock_owner(run.dir)
+    if owner:
+        lines.append(f"  process  supervisor {owner['pid']} on {owner['host']}; ranks {status.get('ranks')}")
+        lines.append(f"  stop     dpo-kit runs stop {run.dir}")
+    versions = made.get("versions", {})
+    lines.append(f"  made by  {', '.join(f'{name} {version}' for name, version in versions.items())}")
+    lines.append(f"  repeat   {manifest.repeat_command(run.dir)}")
+    if status.get("state") not in ("done", "queued", "running"):
+        lines.append(f"  continue {run.continue_command()}")
+    lines.append(f"  folder   {run.dir} ({_size_text(run.dir)})")
+    return "\n".join(lines)
+
+
+def remove(run: Run, yes: bool = False) -> bool:
+    """Removes a run's folder, when told so; says what it removes and how large that is.
+
+    Returns:
+        Whether it was removed.
+
+    Raises:
+        UserError: the run is live.
+    """
+    if run.is_live or locks.lock_owner(run.dir):
+        raise UserError(f"{run.name} is {run.state}; stop it first: dpo-kit runs stop {run.dir}")
+    size = _size_text(run.dir)
+    if not yes:
+        print(f"{run.dir} ({size}) would be removed; add --yes to remove it", flush=True)
+        return False
+    records.remove_folder(run.dir)
+    print(f"removed {run.dir} ({size})", flush=True)
+    return True
+
+
+def _steps(status: dict[str, Any]) -> str:
+    total = status.get("total_steps")
+    return f"{status.get('step') or 0}" + (f" of {total}" if total else "")
+
+
+def _size_text(folder: Path) -> str:
+    size = sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+# ---------------------------------------------------------------- supervisors
+
+
+def begin_anew(run: Run, files: dict[str, str] | None = None) -> None:
+    """Clears what an ended attempt left and queues the run again; says what was removed.
+
+    Args:
+        run: a run that is not live.
+        files: names and contents to replace in the folder (`config.yaml`, `manifest.json`).
+
+    Raises:
+        UserError: somebody else is about to run it.
+    """
+    with locks.lock(run.dir):
+        before = records.read_status(run.dir)
+        if records.is_live(before):
+            raise UserError(
+                f"{run.name} is being started by another process; see `dpo-kit runs show {run.name}`"
+            )
+        removed = records.clear(run.dir)
+        for name, content in (files or {}).items():
+            atomic_write(run.dir / name, content)
+        records.reset_status(run.dir)
+    left = (
+        f"; removed of the earlier attempt ({_steps(before)} steps): {', '.join(removed)}" if removed else ""
+    )
+    print(f"{run.name} has no checkpoint and starts anew{left}", flush=True)
+
+
+def start_supervisor(run: Run, owner: str | None = None) -> None:
+    """Starts a detached supervisor for a queued run.
+
+    Args:
+        run: the run.
+        owner: `interactive`, `headless` or `detached`; None finds out.
+    """
+    kind = owner or ("headless" if owners.is_headless() else "interactive")
+    owned_by = owners.owners() if kind == "headless" else []
+    mine = owned_by[0] if owned_by else {"pid": None, "create_time": None, "host": None}
+    records.update_status(run.dir, owner={"kind": kind, **mine})
+    run._supervisor = supervisor.spawn_detached(run.dir, owned_by)
+    for pid in [pid for pid, process in _supervisors.items() if process.poll() is not None]:
+        del _supervisors[pid]
+    _supervisors[run._supervisor.pid] = run._supervisor
+
+
+def _belongs_here(status: dict[str, Any]) -> bool:
+    owner = status.get("owner") or {}
+    return owner.get("kind") == "headless" and owner.get("pid") == os.getpid()
+
+
+def _supervisor_words(run_dir: Path, code: int) -> str:
+    from dpo_kit.failures import last_line
+
+    said = last_line(run_dir / "logs" / "supervisor.log")
+    return (
+        f"its supervisor ended with status {code}" + (f": {said}" if said else "") + " (logs/supervisor.log)"
+    )
+
+
+class _LinesView:
+    """Plain lines with the closing call of a `live.View`."""
+
+    def __init__(self, run: Run):
+        self.lines = watch.Lines(run.dir)
+
+    def update(self, status: dict[str, Any]) -> None:
+        self.lines.update(status)
+
+    def close(self, status: dict[str, Any]) -> None:
+        if status.get("state") in records.ENDED:
+            self.lines.write(watch.describe(status))
+
+
+def _view(run: Run) -> Any:
+    if owners.in_notebook() and not owners.is_headless():
+        from dpo_kit import live
+
+        return live.View(run)
+    return _LinesView(run)
