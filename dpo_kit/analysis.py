@@ -275,9 +275,15 @@ def _read_evaluations(lines: Sequence[Mapping[str, Any]]) -> list[str]:
     said.append(f"On held-out pairs the reward accuracy ends at {ended} (step {last['step']}).")
     best = min(lines, key=lambda line: line["dpo-eval/loss"])
     if last["dpo-eval/loss"] > best["dpo-eval/loss"] * 1.05 + 1e-9:
-        said.append(
-            f"The held-out loss was lowest at step {best['step']} ({best['dpo-eval/loss']:.3f}) and rose "
-            f"to {last['dpo-eval/loss']:.3f}: later steps fit the training pairs only; `saver.best` keeps "
-            "the better one."
-        )
+        rose = f"({best['dpo-eval/loss']:.3f}) and rose to {last['dpo-eval/loss']:.3f}"
+        if best["step"] == 0:
+            said.append(
+                f"The held-out loss was lowest before training {rose}: what was learned does not carry over; "
+                "use a lower lr, fewer steps, or more pairs."
+            )
+        else:
+            said.append(
+                f"The held-out loss was lowest at step {best['step']} {rose}: later steps fit the training "
+                "pairs only; saver.best keeps the better one."
+            )
     return said

@@ -72,7 +72,7 @@ def paragraph(text: object) -> Html:
 
 def preformatted(text: object) -> Html:
     """Escaped text with its own line breaks, in the page's fixed-width face."""
-    style = "margin:.3em 0;white-space:pre-wrap;background:transparent;color:inherit"
+    style = "margin:.3em 0;white-space:pre-wrap;font-family:monospace;background:transparent;color:inherit"
     return Html(f'<pre style="{style}">{escape(text)}</pre>', str(text))
 
 

@@ -16,6 +16,7 @@ import contextlib
 import shlex
 import threading
 import time
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -35,6 +36,7 @@ __all__ = [
     "SWEEP_NAMES",
     "accuracy_table",
     "begin",
+    "build_pairs",
     "collect",
     "data_report",
     "pairs",
@@ -134,22 +136,34 @@ def _duration(seconds: float) -> str:
 # ---------------------------------------------------------------- data
 
 
-def data_report(settings: Config) -> Html:
-    """Builds the pair stores (or finds them built) and shows what was kept, dropped, and is shared."""
+def build_pairs(settings: Config) -> tuple[PairStore, PairStore | None]:
+    """The pair stores of a configuration, training and held-out, built unless they are there already.
+
+    Prints a line now and then while it takes time, and each warning of the builder as one line.
+    """
     train = _build(settings, "train")
-    cards = [display.card("Training pairs", display.preformatted(dataset.format_report(train)))]
-    if settings.valid_dataset is not None:
-        held_out = dataset.format_report(_build(settings, "valid"), train)
-        cards.append(display.card("Held-out pairs", display.preformatted(held_out)))
-    return display.stack(*cards)
+    return train, None if settings.valid_dataset is None else _build(settings, "valid")
 
 
 def _build(settings: Config, split: str) -> PairStore:
-    with _heartbeat(f"{split} pairs") as say:
+    with warnings.catch_warnings(record=True) as caught, _heartbeat(f"{split} pairs") as say:
+        warnings.simplefilter("always")
         builtin.ensure(settings.tokenizer_path or settings.actor.path, progress=say)
-        return dataset.build(
+        store = dataset.build(
             settings, split, progress=lambda done, total: say(f"{done} of {total or '?'} rows")
         )
+    for warning in caught:
+        if issubclass(warning.category, UserWarning):
+            print(f"warning: {warning.message}", flush=True)
+    return store
+
+
+def data_report(train: PairStore, held_out: PairStore | None = None) -> Html:
+    """What was kept, dropped, and is shared, of the training pairs and the held-out ones."""
+    reports = [("Training pairs", dataset.format_report(train))]
+    if held_out is not None:
+        reports.append(("Held-out pairs", dataset.format_report(held_out, train)))
+    return display.stack(*(display.card(title, display.preformatted(text)) for title, text in reports))
 
 
 @contextlib.contextmanager

@@ -31,6 +31,7 @@ BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 PALETTE = (BLUE, VERMILLION, GREEN, PURPLE, "#E69F00", "#56B4E9", "#000000")
 GRID, INK = "#E3E3E3", "#222222"
 WIDTH, HEIGHT, PNG_SCALE = 960, 340, 1.5
+_FEW_STEPS = 8  # a tick each; with more Plotly chooses, and never between two steps
 
 Records = Sequence[Mapping[str, Any]]
 # What a panel draws: metric, title, colour and dash while there is one run
@@ -174,7 +175,9 @@ def _finish(figure: go.Figure, height: int, legend_rows: int = 1) -> None:
         legend={"orientation": "h", "x": 0, "xanchor": "left", "yref": "container", "y": 1, "yanchor": "top"},
         uirevision="keep",
     )
-    figure.update_xaxes(gridcolor=GRID, zeroline=False, rangemode="tozero")
+    last = max((x for trace in figure.data for x in trace.x if x is not None), default=0)
+    whole = {"tick0": 0, "dtick": 1} if last <= _FEW_STEPS else {}
+    figure.update_xaxes(gridcolor=GRID, zeroline=False, rangemode="tozero", **whole)
     figure.update_yaxes(gridcolor=GRID, zerolinecolor="#9A9A9A", automargin=True)
     figure.update_xaxes(title_font_size=13)
     figure.update_yaxes(title_font_size=13)

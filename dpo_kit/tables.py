@@ -231,6 +231,7 @@ def _clip(text: str, limit: int) -> str:
 
 def where(run: Run) -> Html:
     """The files of a run, and what one can do next."""
+    here = display.paragraph(f"Everything of this run lies in {run.dir}")
     listed = (
         ("config.yaml", "the whole configuration, resolved"),
         ("manifest.json", "versions, seeds, hardware, fingerprints, the command that repeats it"),
@@ -241,7 +242,7 @@ def where(run: Run) -> Html:
         ("tensorboard", "the same numbers for TensorBoard"),
         ("logs", "what each rank printed"),
     )
-    rows = [[str(run.dir / name), what] for name, what in listed if (run.dir / name).exists()]
+    rows = [[name, what] for name, what in listed if (run.dir / name).exists()]
     folder = shlex.quote(str(run.dir))
     commands = [
         ["ask the trained model", f'dpo-kit sample {folder} --prompt "How do I start a vegetable garden?"'],
@@ -250,5 +251,5 @@ def where(run: Run) -> Html:
         ["try other values", "open notebooks/sweep.ipynb, or set beta, loss_type and lr above and run again"],
     ]
     return display.stack(
-        display.table(["on disk", "what it is"], rows), display.table(["next", "how"], commands)
+        here, display.table(["on disk", "what it is"], rows), display.table(["next", "how"], commands)
     )

@@ -60,6 +60,7 @@ def private_folders(folder: Path) -> dict[str, str]:
     """Environment that keeps everything a notebook writes below one folder, the kernel's own files too."""
     return {
         RUNS_VARIABLE: str(folder / "runs"),
+        "DPO_KIT_HEADLESS": "1",
         "DPO_KIT_CACHE": str(folder / "cache"),
         "IPYTHONDIR": str(folder / "ipython"),
         "JUPYTER_RUNTIME_DIR": str(folder / "jupyter"),

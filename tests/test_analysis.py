@@ -154,4 +154,6 @@ def test_reading_of_evaluations():
     assert "ends at 75.0 % (step 20)" in text
     assert "lowest at step 10 (0.500) and rose to 0.600" in text
     assert "undefined (all ties)" in read([step(1, math.log(2), 0, 0), held_out[0]])
+    early = [{**held_out[0], "step": 0, "dpo-eval/loss": 0.4}, held_out[2]]
+    assert "lowest before training (0.400) and rose to 0.600" in read([step(1, math.log(2), 0, 0), *early])
     assert "lowest" not in read([step(1, math.log(2), 0, 0), *held_out[:2]])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import types
 from pathlib import Path
 
@@ -164,3 +167,37 @@ def test_a_heartbeat_breaks_long_silence_and_ends_with_the_work(capsys):
         time.sleep(0.1)
     assert "build pairs: 12 of 40 rows, 0 s" in capsys.readouterr().out
     assert not any(t.name == "build pairs" for t in threading.enumerate())
+
+
+def test_pairs_are_built_with_their_warnings_as_lines(project, capsys):
+    rows = [
+        {"chosen": f"\n\nHuman: {i}?\n\nAssistant: yes {i}", "rejected": f"\n\nHuman: {i}?\n\nAssistant: no"}
+        for i in range(8)
+    ]
+    rows += [{"chosen": "\n\nHuman: x\n\nAssistant: same", "rejected": "\n\nHuman: x\n\nAssistant: same"}] * 2
+    (project / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    overrides = ["train_dataset.path=mine.jsonl", "valid_dataset.path=mine.jsonl", "valid_dataset.num_rows=4"]
+    settings = notebook.begin({"overrides": overrides})
+    train, held_out = notebook.build_pairs(settings)
+    assert (len(train), len(held_out)) == (8, 4)
+    assert "warning: train_dataset: 2 of 10 rows" in capsys.readouterr().out
+    report = notebook.data_report(train, held_out)
+    assert "kept 8, dropped 2" in report.text
+    assert "4 of 4 pairs have a prompt that is also in training" in report.text
+    assert "\n" in notebook.pairs(train, count=1).text
+    assert notebook.build_pairs(notebook.begin({"overrides": overrides[:1]}))[1] is None
+
+
+def test_the_viewing_room_imports_nothing_heavy():
+    names = ["display", "analysis", "baselines", "plots", "sweep", "widgets", "tables", "notebook"]
+    heavy = ["torch", "transformers", "pandas", "plotly", "ipywidgets", "IPython", "datasets"]
+    code = "\n".join(["import sys", *(f"import dpo_kit.{n}" for n in names)])
+    told = f"\nprint([m for m in {heavy} if m in sys.modules])"
+
+    def found(program: str) -> str:
+        return subprocess.run(
+            [sys.executable, "-c", program + told], capture_output=True, text=True
+        ).stdout.strip()
+
+    assert found(code) == "[]"
+    assert found(code + "\nimport plotly") == "['plotly']"
