@@ -44,27 +44,28 @@ def check(config: Config) -> None:
 
 
 def _models(config: Config) -> dict[str, str]:
-    """The fields that name models, each path once, under the field that the user most likely wrote."""
+    """The fields that name models; a path that several fields share stands under the first one only."""
     fields = {
-        "tokenizer_path": config.tokenizer_path,
-        "ref.path": config.ref.path,
         "actor.path": config.actor.path,
+        "ref.path": config.ref.path,
+        "tokenizer_path": config.tokenizer_path,
     }
-    by_path = {path: field for field, path in fields.items()}
-    return {field: path for path, field in reversed(by_path.items())}
+    first = {path: field for field, path in reversed(fields.items())}
+    return {field: path for field, path in fields.items() if first[path] == field}
 
 
 def _check_data(config: Config) -> None:
-    from dpo_kit.rows import SAMPLE, open_source
+    from dpo_kit.readers import format_of
+    from dpo_kit.rows import open_source
 
     for section in ("train_dataset", "valid_dataset"):
         data = getattr(config, section)
         if data is None or not data.path:
             continue
         path = Path(data.path).expanduser()
-        is_hub_id = data.path != SAMPLE and not path.exists() and re.fullmatch(_HUB_ID, data.path)
-        is_large = path.is_file() and path.stat().st_size > _QUICK_BYTES
-        if not (is_large or path.is_dir() or is_hub_id):
+        is_hub_id = not path.exists() and not format_of(path) and re.fullmatch(_HUB_ID, data.path)
+        is_large = path.is_dir() or (path.is_file() and path.stat().st_size > _QUICK_BYTES)
+        if not (is_large or is_hub_id):
             open_source(data.path, name=data.name, split=data.split, section=section)
 
 

@@ -236,9 +236,11 @@ def _signals(session: Session) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def spawn_detached(run_dir: Path, owners: Sequence[dict[str, Any]] = ()) -> subprocess.Popen:
+def spawn_detached(
+    run_dir: Path, owners: Sequence[dict[str, Any]] = (), *, module: str = "dpo_kit.supervisor"
+) -> subprocess.Popen:
     """Starts a supervisor in a session of its own, which outlives this process; returns at once."""
-    command = [sys.executable, "-m", "dpo_kit.supervisor", str(run_dir)]
+    command = [sys.executable, "-m", module, str(run_dir)]
     for owner in owners:
         command += ["--owner", f"{owner['pid']}@{owner['create_time']}"]
     with open(run_dir / "logs" / "supervisor.log", "ab") as log:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from dpo_kit import launch
+from dpo_kit.processes import end_tree
+from tests.fakes import Fakes
 from tests.ranks import Ranks
 
 
@@ -14,3 +17,15 @@ def ranks():
     yield pool
     pool.close()
     pool.folder.cleanup()
+
+
+@pytest.fixture
+def fakes(tmp_path, monkeypatch):
+    """Runs over fake processes, under `tmp_path`; none is left behind."""
+    made = Fakes(tmp_path, monkeypatch)
+    yield made
+    for run in launch.live(made.fileroot):
+        run.stop()
+    left = made.living()
+    end_tree(left)
+    assert left == []

@@ -1,7 +1,8 @@
 """Processes of a run without torch: `python -m tests.fake_run RUN_DIR` plays prepare, a rank or samples.
 
-What each part does stands in `play.json` of the run folder: `{"prepare": [...], "worker": {"0": [...]},
-"samples": [...]}`, a list of actions. Every process writes its pid to `pid-<part>` first.
+What each part does stands in `play.json` of the run folder, else in the file that `$FAKE_PLAY` names:
+`{"prepare": [...], "worker": {"0": [...]}, "samples": [...]}`, lists of actions. Every process writes its
+pid to `pid-<part>` first.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ def main():
     rank = int(os.environ["RANK"]) if "RANK" in os.environ else None
     part = Path(sys.argv[0]).stem.removeprefix("fake_") if rank is None else "worker"
     (run_dir / f"pid-{part}{'' if rank is None else f'-{rank}'}").write_text(str(os.getpid()))
-    play = json.loads((run_dir / "play.json").read_text())[part]
+    file = run_dir / "play.json"
+    play = json.loads((file if file.exists() else Path(os.environ["FAKE_PLAY"])).read_text())[part]
     for action in play if rank is None else play[str(rank)]:
         act(run_dir, part, action, rank)
 
