@@ -12,6 +12,7 @@ Deliberately not here: what happens to a started run (supervisor, runs), Ray and
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import sys
@@ -86,7 +87,12 @@ def run_in_foreground(config: Config) -> int:
 
 def live(fileroot: str | Path) -> list[Run]:
     """Runs under a root that a supervisor is working on, oldest first."""
-    return [run for run in map(Run, records.list_runs(Path(fileroot))) if run.is_live]
+    found = []
+    for folder in records.list_runs(Path(fileroot)):
+        with contextlib.suppress(UserError):  # a damaged folder of another run is no reason to start none
+            if Run(folder).is_live:
+                found.append(Run(folder))
+    return found
 
 
 # ---------------------------------------------------------------- devices

@@ -390,7 +390,7 @@ class _LinesView:
 
     def close(self, status: dict[str, Any]) -> None:
         if status.get("state") in records.ENDED:
-            self.lines.write(watch.describe(status))
+            self.lines.finish(status)
 
 
 def _view(run: Run) -> Any:

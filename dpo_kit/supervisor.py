@@ -150,7 +150,7 @@ def _finish(session: Session, state: str, message: str) -> None:
     if state == "done":
         watch.remember_seconds(Path(session.config.cluster.fileroot), session.kind, phases)
     if session.lines:
-        session.lines.write(watch.describe(status))
+        session.lines.finish(status)
 
 
 # ---------------------------------------------------------------- the phases

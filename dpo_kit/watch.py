@@ -47,10 +47,9 @@ def kind_of_run(model: str, num_ranks: int, device: str) -> str:
 
 def expected_seconds(fileroot: Path, kind: str) -> dict[str, float]:
     """Seconds of each phase in the last run of this kind; empty when there was none."""
-    memory: dict[str, Any] = {}
-    with contextlib.suppress(UserError):
-        memory = read_json(Path(fileroot) / ".cache" / _MEMORY, {})
-    known = memory.get(kind, {}) if isinstance(memory, dict) else {}
+    known = _memory(fileroot).get(kind)
+    if not isinstance(known, dict):
+        return {}
     return {name: float(seconds) for name, seconds in known.items() if isinstance(seconds, (int, float))}
 
 
@@ -58,11 +57,17 @@ def remember_seconds(fileroot: Path, kind: str, phases: list[dict[str, Any]]) ->
     """Keeps the seconds of a run's phases for the next one; losing them is harmless."""
     path = Path(fileroot) / ".cache" / _MEMORY
     seconds = {phase["name"]: phase["seconds"] / max(1, _turns(phase)) for phase in phases}
-    with contextlib.suppress(OSError, UserError):
+    known = {**expected_seconds(fileroot, kind), **seconds}
+    with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        memory = read_json(path, {})
-        known = expected_seconds(fileroot, kind)
-        atomic_write(path, to_json({**memory, kind: {**known, **seconds}}, indent=1), durable=False)
+        atomic_write(path, to_json({**_memory(fileroot), kind: known}, indent=1), durable=False)
+
+
+def _memory(fileroot: Path) -> dict[str, Any]:
+    with contextlib.suppress(OSError, UserError):
+        found = read_json(Path(fileroot) / ".cache" / _MEMORY)
+        return found if isinstance(found, dict) else {}
+    return {}
 
 
 def _turns(phase: dict[str, Any]) -> int:
@@ -116,7 +121,9 @@ def describe(status: dict[str, Any], now: float | None = None) -> str:
     """One line: `reference pass: 120/400, 14 s of about 47 s`."""
     state = status.get("state", "unknown")
     if state not in ("queued", "running"):
-        return state + (f": {status['message']}" if status.get("message") else "")
+        took = float(status.get("ended_at") or 0) - float(status.get("started_at") or 0)
+        after = f" after {took:.0f} s" if status.get("ended_at") and status.get("started_at") else ""
+        return state + after + (f": {status['message']}" if status.get("message") else "")
     elapsed, expected, source = timing(status, now)
     name = status.get("phase") or "starting the supervisor"
     count = ""
@@ -165,10 +172,15 @@ class Lines:
             self.last_at = now
             self.write(describe(status) + (_figures(self.run_dir) if self.phase == "training" else ""))
 
+    def finish(self, status: dict[str, Any]) -> None:
+        """Prints how the run ended."""
+        self._phases_done(status)
+        self.write(describe(status))
+
     def _phases_done(self, status: dict[str, Any]) -> None:
         for phase in status.get("phases", []):
             spent = phase["seconds"] - self.seconds.get(phase["name"], 0.0)
-            if spent > 0 and phase["name"] != "training":
+            if spent > 0:
                 self.write(f"{phase['name']}: done in {spent:.1f} s")
             self.seconds[phase["name"]] = phase["seconds"]
 

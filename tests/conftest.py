@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from dpo_kit import launch
 from dpo_kit.processes import end_tree
 from tests.fakes import Fakes
 from tests.ranks import Ranks
@@ -24,8 +23,6 @@ def fakes(tmp_path, monkeypatch):
     """Runs over fake processes, under `tmp_path`; none is left behind."""
     made = Fakes(tmp_path, monkeypatch)
     yield made
-    for run in launch.live(made.fileroot):
-        run.stop()
-    left = made.living()
+    left = made.end()
     end_tree(left)
     assert left == []

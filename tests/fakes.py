@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 
 from dpo_kit import config as config_module
-from dpo_kit import launch, supervisor
+from dpo_kit import launch, records, supervisor
+from dpo_kit.errors import RunError
 from dpo_kit.processes import is_alive
 from tests.fake_supervisor import MODULES
 
@@ -52,3 +54,13 @@ class Fakes:
 
     def living(self):
         return [pid for pid in self.pids() if pid and is_alive({"pid": pid})]
+
+    def end(self):
+        """Stops what is live; processes of ranks that are left all the same."""
+        live = [run for run in launch.live(self.fileroot) if run.status.get("supervisor")]
+        for run in live:
+            records.request_stop(run.dir, "stopped")
+        for run in live:
+            with contextlib.suppress(RunError, TimeoutError):
+                run.wait(timeout=10, show=False)
+        return self.living()
