@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 PALETTE = (BLUE, VERMILLION, GREEN, PURPLE, "#E69F00", "#56B4E9", "#000000")
 GRID, INK = "#E3E3E3", "#222222"
-WIDTH, HEIGHT, PNG_SCALE = 960, 340, 1.5
+# JupyterLab shows the PNG, pixel for pixel, until the pointer is over the chart: hence no scaling.
+WIDTH, HEIGHT = 960, 340
 _FEW_STEPS = 8  # a tick each; with more Plotly chooses, and never between two steps
 
 Records = Sequence[Mapping[str, Any]]
@@ -94,7 +95,8 @@ def reward_grid(runs: Any, columns: int = 3) -> go.Figure:
                 figure, lines, curve, row=i // columns + 1, col=i % columns + 1, group=curve[1], legend=i == 0
             )
     _finish(figure, height=100 + 230 * rows)
-    figure.update_xaxes(title_text="step", row=rows)
+    for i in range(max(0, len(named) - columns), len(named)):  # the lowest chart of each column
+        figure.update_xaxes(title_text="step", showticklabels=True, row=i // columns + 1, col=i % columns + 1)
     figure.update_yaxes(title_text="reward", col=1)
     return figure
 
@@ -129,7 +131,7 @@ def _draw(
     figure.add_scatter(
         x=x,
         y=y,
-        mode="lines" if len(x) > 1 else "lines+markers",
+        mode="lines" if sum(value is not None for value in y) > 2 else "lines+markers",
         line={"color": colour, "width": 2, "dash": dash},
         name=_label(group if legend else name),
         meta=_label(name),
@@ -176,7 +178,7 @@ def _finish(figure: go.Figure, height: int, legend_rows: int = 1) -> None:
         uirevision="keep",
     )
     last = max((x for trace in figure.data for x in trace.x if x is not None), default=0)
-    whole = {"tick0": 0, "dtick": 1} if last <= _FEW_STEPS else {}
+    whole = {"dtick": 1} if 0 < last <= _FEW_STEPS else {}
     figure.update_xaxes(gridcolor=GRID, zeroline=False, rangemode="tozero", **whole)
     figure.update_yaxes(gridcolor=GRID, zerolinecolor="#9A9A9A", automargin=True)
     figure.update_xaxes(title_font_size=13)
@@ -220,6 +222,7 @@ def refresh(widget: Any, figure: go.Figure) -> None:
         for old, new in zip(widget.data, figure.data, strict=True):
             if list(old.x or ()) != list(new.x or ()) or list(old.y or ()) != list(new.y or ()):
                 old.update(x=new.x, y=new.y, mode=new.mode)
+        widget.update_xaxes(dtick=figure.layout.xaxis.dtick)
 
 
 def mimebundle(figure: go.Figure) -> dict[str, Any]:
@@ -290,7 +293,7 @@ def _to_png(figure: go.Figure) -> bytes:
     size = {"width": WIDTH, "height": figure.layout.height or HEIGHT}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return kaleido.calc_fig_sync(figure, opts={"format": "png", "scale": PNG_SCALE, **size})
+        return kaleido.calc_fig_sync(figure, opts={"format": "png", **size})
 
 
 def _one_line(exc: BaseException) -> str:

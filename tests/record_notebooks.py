@@ -30,7 +30,13 @@ OVERRIDES = [
     "cluster.n_gpus_per_node=0",
     "cluster.fileroot=${oc.env:DPO_KIT_TEST_RUNS}",
 ]
-MORE: dict[str, dict[str, Any]] = {"sweep": {"betas": [0.1, 0.5], "loss_types": ["sigmoid", "ipo"]}}
+MORE: dict[str, dict[str, Any]] = {
+    "sweep": {
+        "betas": [0.1],
+        "loss_types": ["sigmoid", "ipo"],
+        "overrides": [*OVERRIDES, "evaluator.num_samples=0"],
+    }
+}
 
 
 def parameters(name: str) -> dict[str, Any]:

@@ -94,6 +94,8 @@ def test_grid_holds_every_run_beside_the_others(runs, rows, columns):
     assert max(a.y for a in figure.layout.annotations) <= 1
     assert len({round(a.x, 3) for a in figure.layout.annotations}) == columns
     assert len({round(a.y, 3) for a in figure.layout.annotations}) == rows
+    labelled = [axis for axis in figure.select_xaxes() if axis.title.text == "step" and axis.showticklabels]
+    assert len(labelled) == columns
 
 
 def test_a_run_without_records_is_an_empty_chart():
@@ -140,4 +142,9 @@ def test_live_widget_follows_the_records():
     plots.refresh(widget, plots.rewards(("one", LINES)))
     chosen = next(t for t in widget.data if t.meta == "chosen")
     assert chosen.y == (0.0, 0.1)
-    assert chosen.mode == "lines"
+    assert widget.layout.xaxis.dtick == 1
+    many = [line(step, 0.5, 0.1, 0.0, 0.9) for step in range(1, 40)]
+    plots.refresh(widget, plots.rewards(("one", many)))
+    assert widget.layout.xaxis.dtick is None
+    plots.refresh(widget, plots.rewards(("one", LINES)))
+    assert chosen.mode == "lines+markers"
