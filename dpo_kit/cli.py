@@ -151,7 +151,8 @@ def _build(config: Config, split: str) -> Any:
 
     if split == "valid" and config.valid_dataset is None:
         raise UserError("valid_dataset is missing; add the section, or use --split train")
-    return dataset.build(config, split, progress=dataset.progress_bar())
+    with dataset.progress_bar() as progress:
+        return dataset.build(config, split, progress=progress)
 
 
 def _score(arguments: argparse.Namespace) -> int:
