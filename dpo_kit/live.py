@@ -11,6 +11,8 @@ Deliberately not here: plain lines (watch), waiting (runs), what the chart shows
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -25,13 +27,30 @@ _CHART_S = 1.0
 class View:
     """The display of one run in one notebook cell. `update` a few times a second, then `close`."""
 
-    def __init__(self, run: Any, *, chart: bool = True):
+    def __init__(self, run: Any):
         self.run = run
         self.bar_at = self.chart_at = 0.0
         self.size = -1
+        self.chart: Any = None
+        self.widget: Any = None
+        self.opened = False
         self.bar = _show(bar(run.name, records.read_status(run.dir)))
-        opened: tuple[Any, Any] = self._open_chart() if chart else (None, None)
-        self.chart, self.widget = opened
+        # Plotly takes seconds to import; the bar moves on meanwhile.
+        self.importing = threading.Thread(target=_import_plotly, name="import plotly", daemon=True)
+        self.importing.start()
+
+    def open(self) -> None:
+        """Shows the chart, or a word on why there is none."""
+        self.importing.join()
+        self.opened = True
+        try:
+            from dpo_kit import plots
+
+            self.widget = plots.live(plots.rewards(self.run))
+        except (ImportError, ValueError) as error:
+            _show(Html(f"<small>no live chart: {escape(error)}</small>", f"no live chart: {error}"))
+        else:
+            self.chart = _show(self.widget)
 
     def update(self, status: dict[str, Any]) -> None:
         """Brings bar and chart up to date, when it is time."""
@@ -39,6 +58,8 @@ class View:
         if now - self.bar_at > _BAR_S:
             self.bar_at = now
             self.bar.update(bar(self.run.name, status))
+        if not self.opened and not self.importing.is_alive():
+            self.open()
         if self.widget is not None and now - self.chart_at > _CHART_S:
             self.chart_at = now
             self._refresh()
@@ -53,16 +74,6 @@ class View:
         self.chart.update(plots.mimebundle(plots.rewards(self.run)), raw=True)
         self.widget.close()
         self.widget = None
-
-    def _open_chart(self) -> tuple[Any, Any]:
-        try:
-            from dpo_kit import plots
-
-            widget = plots.live(plots.rewards(self.run))
-        except (ImportError, ValueError) as error:
-            _show(Html(f"<small>no live chart: {escape(error)}</small>", f"no live chart: {error}"))
-            return None, None
-        return _show(widget), widget
 
     def _refresh(self) -> None:
         from dpo_kit import plots
@@ -85,6 +96,11 @@ def bar(name: str, status: dict[str, Any]) -> Html:
         f'</div><div style="margin:.2em 0">{escape(text)}</div>'
     )
     return Html(markup, text)
+
+
+def _import_plotly() -> None:
+    with contextlib.suppress(ImportError):
+        import plotly.graph_objects  # noqa: F401
 
 
 def _show(thing: Any) -> Any:

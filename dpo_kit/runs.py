@@ -129,6 +129,7 @@ class Run:
         """
         if owners.in_notebook() and not owners.is_headless():
             view = _view(self)
+            view.open()
             threading.Thread(target=self._follow, args=(None, True, view), name="watch", daemon=True).start()
         else:
             self._follow(None, True)

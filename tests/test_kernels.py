@@ -1,0 +1,175 @@
+"""Runs and ranks started from real Jupyter kernels and from papermill: displays, interrupts, ends by signal."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from dpo_kit import runs
+from tests.fakes import LONG
+from tests.test_ranks import wait_for_pids, wait_gone
+from tests.test_supervisor import until
+
+pytestmark = pytest.mark.notebook
+
+START = """
+import functools
+from dpo_kit import config, launch, supervisor
+from tests.fakes import TREE
+supervisor.spawn_detached = functools.partial(supervisor.spawn_detached, module="tests.fake_supervisor")
+c = config.from_tree(TREE, ["cluster.fileroot={root}/runs"], root="{root}")
+run = launch.start(c)
+"""
+
+
+def notebook(*cells):
+    spec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    book = nbformat.v4.new_notebook(metadata={"kernelspec": spec})
+    book.cells = [nbformat.v4.new_code_cell(cell) for cell in cells]
+    return book
+
+
+@pytest.fixture
+def execute(monkeypatch):
+    """Runs cells in a fresh kernel, as if a person sat before it, and returns the outputs of the last one."""
+
+    def execute(*cells):
+        monkeypatch.setenv("DPO_KIT_HEADLESS", "0")
+        book = notebook(*cells)
+        NotebookClient(book, timeout=120, kernel_name="python3").execute()
+        return book.cells[-1].outputs
+
+    return execute
+
+
+def test_waiting_shows_a_bar_and_a_chart_that_is_left_as_a_picture(fakes, execute):
+    fakes.play([["train", 30, 0.2]])
+    outputs = execute(START.format(root=fakes.root), "run.wait();")
+    bar, chart = (output.data for output in outputs if output.output_type == "display_data")
+    assert ": done after " in bar["text/plain"]
+    assert "width:100.0%" in bar["text/html"]
+    assert "application/vnd.plotly.v1+json" in chart
+    assert "application/vnd.jupyter.widget-view+json" not in chart
+    curves = chart["application/vnd.plotly.v1+json"]["data"]
+    assert any(len(curve.get("x") or ()) for curve in curves)
+    assert not any(output.output_type == "stream" for output in outputs)
+
+
+def test_watching_lets_the_next_cells_run(fakes, execute):
+    fakes.play([["train", 60, 0.2]])
+    outputs = execute(
+        START.format(root=fakes.root),
+        "run.watch()",
+        "import threading\n"
+        "thread, = [t for t in threading.enumerate() if t.name == 'watch']\n"
+        "print(run.is_live); thread.join(60); print(run.state, thread.is_alive())",
+    )
+    assert "".join(output.text for output in outputs) == "True\ndone False\n"
+
+
+def test_without_anywidget_there_is_the_bar_and_a_word(fakes, execute):
+    fakes.play([["train", 30, 0.1]])
+    hide = "import sys; sys.modules['anywidget'] = None\n"
+    outputs = execute(hide + START.format(root=fakes.root), "run.wait();")
+    text = [output.data["text/plain"] for output in outputs if output.output_type == "display_data"]
+    assert any(line.startswith("no live chart: ") and "pip install" in line for line in text)
+
+
+def test_a_restarted_kernel_attaches(fakes, execute):
+    fakes.play(LONG)
+    execute(START.format(root=fakes.root))
+    outputs = execute(START.format(root=fakes.root))
+    assert "attached to the live run" in "".join(output.text for output in outputs)
+    assert len(fakes.folders()) == 1
+    assert runs.find(fakes.folders()[0], fakes.fileroot).status["owner"]["kind"] == "interactive"
+
+
+def test_ranks_reduce_in_a_cell(execute):
+    outputs = execute(
+        "from dpo_kit import launch; from tests import rank_functions",
+        "launch.spawn(rank_functions.sum_of_ranks, 3)",
+    )
+    assert outputs[0].data["text/plain"] == "[7.0, 7.0]"
+
+
+def test_an_interrupted_cell_leaves_no_rank(tmp_path):
+    from jupyter_client.manager import start_new_kernel
+
+    manager, client = start_new_kernel(kernel_name="python3")
+    try:
+        client.execute(
+            "from dpo_kit import launch; from tests import rank_functions\n"
+            f"launch.spawn(rank_functions.sleep_and_tell, {str(tmp_path)!r}, 600)"
+        )
+        pids = wait_for_pids(tmp_path)
+        manager.interrupt_kernel()
+        reply = client.get_shell_msg(timeout=30)
+        assert reply["content"]["ename"] == "KeyboardInterrupt"
+        assert wait_gone(pids, 0.5)
+        until(lambda: client.execute("1 + 1", reply=True, timeout=30)["content"]["status"] == "ok")
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+
+
+@pytest.fixture
+def papermill(fakes):
+    """papermill on a notebook that starts a run and waits, in mid-training."""
+    processes = []
+
+    def start():
+        path = fakes.root / "in.ipynb"
+        nbformat.write(notebook(START.format(root=fakes.root), "run.wait()"), path)
+        names = ("PYTEST_CURRENT_TEST", "DPO_KIT_HEADLESS")
+        environment = {key: value for key, value in os.environ.items() if key not in names}
+        environment["PYTHONPATH"] = os.getcwd()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "papermill", str(path), str(fakes.root / "out.ipynb"), "--log-output"],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_papermill_that_is_ended_takes_its_run_along(papermill, fakes, number):
+    fakes.play(LONG)
+    process = papermill()
+    until(lambda: list(fakes.fileroot.glob("*/*/metrics.jsonl")), 60)
+    run = runs.Run(fakes.fileroot / fakes.folders()[0])
+    assert run.status["owner"]["kind"] == "headless"
+    process.send_signal(number)
+    process.wait(timeout=60)
+    assert process.returncode != 0
+    until(lambda: not run.is_live)
+    assert run.state == "preempted"
+    assert (run.dir / "saved").exists()
+    assert fakes.living() == []
+
+
+def test_papermill_exits_with_the_cause_in_the_last_cell(papermill, fakes):
+    fakes.play({"0": [["sleep", 60]], "1": [["raise", "ValueError", "boom"]]})
+    process = papermill()
+    out, _ = process.communicate(timeout=90)
+    assert process.returncode == 1
+    assert "failed after" in out
+    book = nbformat.read(fakes.root / "out.ipynb", as_version=4)
+    error = book.cells[-1].outputs[-1]
+    assert error.ename == "RunError"
+    assert "failed: rank 1: ValueError: boom (logs/rank-1.log)" in error.evalue
+    assert "to continue: dpo-kit train --config" in error.evalue
