@@ -153,7 +153,7 @@ def table(
 def _cell(tag: str, value: object, style: str) -> str:
     content = value.markup if isinstance(value, Html) else escape(value)
     weight = "font-weight:600;" if tag == "th" else ""
-    white = "nowrap" if len(str(value)) <= _SHORT_CELL else "pre-line"
+    white = "nowrap" if len(content) <= _SHORT_CELL else "pre-line;overflow-wrap:anywhere"
     return f'<{tag} style="{_CELL};{weight}white-space:{white};{style}">{content}</{tag}>'
 
 

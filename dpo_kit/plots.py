@@ -31,8 +31,8 @@ BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 PALETTE = (BLUE, VERMILLION, GREEN, PURPLE, "#E69F00", "#56B4E9", "#000000")
 GRID, INK = "#E3E3E3", "#222222"
 # JupyterLab shows the PNG, pixel for pixel, until the pointer is over the chart: hence no scaling.
-WIDTH, HEIGHT = 960, 340
-_FEW_STEPS = 8  # a tick each; with more Plotly chooses, and never between two steps
+WIDTH, HEIGHT = 840, 340
+_MOST_TICKS = 7
 
 Records = Sequence[Mapping[str, Any]]
 # What a panel draws: metric, title, colour and dash while there is one run
@@ -178,12 +178,18 @@ def _finish(figure: go.Figure, height: int, legend_rows: int = 1) -> None:
         uirevision="keep",
     )
     last = max((x for trace in figure.data for x in trace.x if x is not None), default=0)
-    whole = {"dtick": 1} if 0 < last <= _FEW_STEPS else {}
-    figure.update_xaxes(gridcolor=GRID, zeroline=False, rangemode="tozero", **whole)
+    figure.update_xaxes(gridcolor=GRID, zeroline=False, rangemode="tozero", dtick=_tick(last))
     figure.update_yaxes(gridcolor=GRID, zerolinecolor="#9A9A9A", automargin=True)
     figure.update_xaxes(title_font_size=13)
     figure.update_yaxes(title_font_size=13)
     figure.update_annotations(font_size=13)
+
+
+def _tick(last: int) -> int:
+    """Steps between two ticks, 1, 2 or 5 times a power of ten: Plotly by itself sets ticks between two steps."""
+    return next(
+        t for power in range(20) for t in (10**power, 2 * 10**power, 5 * 10**power) if last <= t * _MOST_TICKS
+    )
 
 
 def _named(runs: Any) -> list[tuple[str, Records]]:

@@ -145,6 +145,11 @@ def test_live_widget_follows_the_records():
     assert widget.layout.xaxis.dtick == 1
     many = [line(step, 0.5, 0.1, 0.0, 0.9) for step in range(1, 40)]
     plots.refresh(widget, plots.rewards(("one", many)))
-    assert widget.layout.xaxis.dtick is None
+    assert widget.layout.xaxis.dtick == 10
     plots.refresh(widget, plots.rewards(("one", LINES)))
     assert chosen.mode == "lines+markers"
+
+
+@pytest.mark.parametrize(("last", "tick"), [(0, 1), (7, 1), (8, 2), (35, 5), (36, 10), (1000, 200)])
+def test_ticks_lie_on_steps(last, tick):
+    assert plots._tick(last) == tick
