@@ -1,0 +1,94 @@
+"""Models and pairs before the ranks."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from dpo_kit import config as config_module
+from dpo_kit import prepare, records
+from dpo_kit.errors import ConfigError
+from dpo_kit.files import read_json
+from dpo_kit.preferences import open_store
+from tests.fakes import TREE
+
+
+@pytest.fixture
+def make_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("DPO_KIT_CACHE", str(tmp_path / "cache"))
+
+    def make(*overrides, answers=("yes", "no")):
+        lines = [
+            {
+                "chosen": f"\n\nHuman: {i}?\n\nAssistant: {answers[0]}",
+                "rejected": f"\n\nHuman: {i}?\n\nAssistant: {answers[1]}",
+            }
+            for i in range(20)
+        ]
+        (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        overrides = [f"cluster.fileroot={tmp_path}/runs", *overrides]
+        config = config_module.from_tree(TREE, overrides, root=tmp_path)
+        text = config_module.to_yaml(config)
+        return records.create(tmp_path / "runs", "exp", "one", config_text=text, manifest={"seed": 1})
+
+    return make
+
+
+def test_stores_and_fingerprints_are_left_for_the_ranks(make_run, capsys):
+    run_dir = make_run("valid_dataset.from_train=0.2")
+    assert prepare.main(run_dir) == 0
+    data = read_json(run_dir / "data.json")
+    train, valid = open_store(data["train"]), open_store(data["valid"])
+    assert len(train) + len(valid) == 20
+    made = read_json(run_dir / "manifest.json")
+    assert made["seed"] == 1
+    assert made["data"]["train"] == {
+        "store": data["train"],
+        "fingerprint": train.fingerprint,
+        "num_pairs": len(train),
+    }
+    progress = read_json(run_dir / "progress.json")
+    assert progress["phase"] == "build pairs"
+    assert [phase["name"] for phase in progress["phases"]] == ["convert model"]
+    assert "20" in capsys.readouterr().out
+
+
+def test_without_a_valid_dataset_there_is_none(make_run):
+    run_dir = make_run()
+    assert prepare.main(run_dir) == 0
+    assert read_json(run_dir / "data.json")["valid"] is None
+    assert "valid" not in read_json(run_dir / "manifest.json")["data"]
+
+
+def test_a_users_mistake_is_left_as_its_message(make_run, capsys):
+    run_dir = make_run(answers=("same", "same"))
+    assert prepare.main(run_dir) == 2
+    (error,) = records.read_rank_errors(run_dir)
+    assert (error["rank"], error["user_mistake"]) == ("prepare", True)
+    assert "identical" in error["message"]
+    assert "Traceback" not in capsys.readouterr().err
+    assert not (run_dir / "data.json").exists()
+
+
+def test_an_error_of_our_own_is_left_with_its_traceback(make_run, monkeypatch, capsys):
+    run_dir = make_run()
+    monkeypatch.setattr(prepare, "build_pairs", lambda *a: 1 / 0)
+    assert prepare.main(run_dir) == 1
+    assert records.read_rank_errors(run_dir)[0]["error"] == "ZeroDivisionError: division by zero"
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_reference_with_another_vocabulary_is_refused(make_run, tmp_path):
+    from dpo_kit import builtin
+
+    run_dir = make_run()
+    folder = tmp_path / "other"
+    tokenizer = builtin.load_tokenizer("tiny-random")
+    tokenizer.add_tokens(["brandnew"])
+    tokenizer.save_pretrained(folder)
+    config = config_module.load(run_dir / "config.yaml", [f"ref.path={folder}"])
+    with pytest.raises(
+        ConfigError, match=r"has another tokenizer than 'tiny-random': 1 of 26\d tokens differ"
+    ):
+        prepare.check_tokenizers(config)
