@@ -60,6 +60,8 @@ def format_report(store: PairStore, train: PairStore | None = None) -> str:
         f"rows       {report['rows']:,}: kept {report['kept']:,}{_dropped(report)}",
     ]
     lines += [f"           {count:,} {what}" for what, count in report["notes"].items() if count]
+    if report["unused_columns"]:
+        lines.append(f"not used   columns {', '.join(map(repr, report['unused_columns']))}")
     if train is not None:
         count = shared_prompts(train, store)
         lines.append(f"leak       {count:,} of {len(store):,} pairs have a prompt that is also in training")

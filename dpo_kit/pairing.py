@@ -161,7 +161,7 @@ def collect(
         "source": source.label,
         "rows": tally.rows,
         "kept": len(arrays["shared"]),
-        "dropped": dict(tally.dropped),
+        "dropped": {reason: tally.dropped[reason] for reason in (IDENTICAL, TOO_LONG)},
         "other_split": tally.other_split,
         "notes": dict(tally.notes),
         "layout": reading.layout,

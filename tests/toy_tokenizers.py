@@ -138,7 +138,7 @@ TEMPLATES = {
     ),
     "eos between turns only": (
         "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}"
-        "{% if not loop.last %}{{ eos_token }}{% endif %}{% endfor %}"
+        "{% if not loop.last or add_generation_prompt %}{{ eos_token }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     ),
     "trims": CHATML.replace("m['content']", "m['content'].strip()"),
