@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from dpo_kit import engine, reference
+from dpo_kit import builtin, engine
 from dpo_kit.errors import UserError
 from dpo_kit.preferences import open_store
 from tests.helpers import make_engine, one_rank, random_pairs, store_of, tiny_config, train_tiny
@@ -165,7 +166,28 @@ def test_reference_values_come_from_the_cache_whatever_beta_loss_or_lr(tmp_path,
     train_tiny(str(tmp_path), ("actor.dtype=float32", "total_train_steps=1"))
     assert "reference: 0 of 40 pairs from the cache" in capsys.readouterr().out
     assert len(list((tmp_path / "runs" / ".cache" / "reference").iterdir())) == 2
-    assert reference.VALUE_SHAPE == 2
+
+
+def test_a_changed_weight_misses_for_every_pair_and_leaves_the_old_values(tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+
+    train_tiny(str(tmp_path), ("total_train_steps=1",))
+    changed = tmp_path / "changed"
+    shutil.copytree(builtin.ensure("tiny-random"), changed)
+    weights = load_file(changed / "model.safetensors")
+    weights["model.norm.weight"][0] += 1e-3
+    save_file(weights, changed / "model.safetensors", metadata={"format": "pt"})
+    paths = (
+        f"actor.path={changed}",
+        f"ref.path={changed}",
+        "tokenizer_path=tiny-random",
+        "total_train_steps=1",
+    )
+    capsys.readouterr()
+    train_tiny(str(tmp_path), paths)
+    assert "reference: 0 of 40 pairs from the cache" in capsys.readouterr().out
+    train_tiny(str(tmp_path), ("total_train_steps=1",))
+    assert "reference: 40 of 40 pairs from the cache" in capsys.readouterr().out
 
 
 def test_schedules_start_above_zero_and_end_where_they_should(tmp_path):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 
-from dpo_kit import reference
+from dpo_kit import builtin, config, dataset, reference
 from dpo_kit.preferences import Pair
 
 
@@ -82,3 +84,32 @@ def test_keys_do_not_depend_on_the_order_of_rows():
     b = reference.pair_keys(store(*ROWS[::-1]))
     assert a.tolist() == b[::-1].tolist()
     assert a.shape == (3, 16)
+
+
+def keys_of(rows, tokenizer_path, folder):
+    """Pair keys of rows built into a store with a tokenizer."""
+    folder.mkdir(exist_ok=True)
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tree = {
+        "actor": {"path": "tiny-random"},
+        "ref": {"path": "tiny-random"},
+        "tokenizer_path": str(tokenizer_path),
+        "train_dataset": {"path": str(folder / "pairs.jsonl")},
+        "cluster": {"fileroot": str(folder / "runs")},
+    }
+    return reference.pair_keys(dataset.build(config.from_tree(tree)))
+
+
+def test_a_changed_tokenizer_misses_for_the_rows_it_changes(tmp_path):
+    rows = [
+        {"chosen": f"\n\nHuman: {q}\n\nAssistant: yes", "rejected": f"\n\nHuman: {q}\n\nAssistant: no"}
+        for q in ("a zebra?", "a horse?", "a dog?")
+    ]
+    tokenizer = builtin.load_tokenizer(builtin.ensure("tiny-random"))
+    tokenizer.save_pretrained(tmp_path / "old")
+    tokenizer.add_tokens(["zebra"])
+    tokenizer.save_pretrained(tmp_path / "new")
+    keys = keys_of(rows, tmp_path / "old", tmp_path / "a")
+    reference.add(tmp_path / "cache", keys, np.zeros((3, 2)))
+    _, found = reference.lookup(tmp_path / "cache", keys_of(rows, tmp_path / "new", tmp_path / "b"))
+    assert found.tolist() == [False, True, True]
