@@ -87,12 +87,10 @@ def packed_attention(
     outputs: list[Tensor] = []
     for i, (prefix, _chosen, rejected) in enumerate(segments.lengths):
         p, c, r = 3 * i, 3 * i + 1, 3 * i + 2
+        first_q, first_k, first_v = (torch.cat((x[p], x[c]), 2) if prefix else x[c] for x in (q, k, v))
         outputs.append(
             F.scaled_dot_product_attention(
-                *(torch.cat((x[p], x[c]), 2) if prefix else x[c] for x in (q, k, v)),
-                is_causal=True,
-                scale=scaling,
-                dropout_p=dropout,
+                first_q, first_k, first_v, is_causal=True, scale=scaling, dropout_p=dropout
             )
         )
         if not prefix:

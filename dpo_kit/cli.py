@@ -9,44 +9,74 @@ Not here: logic that a notebook would want, too.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from dpo_kit import config as config_module
+from dpo_kit import preflight
 from dpo_kit.config import Config
 from dpo_kit.errors import RunError, UserError
 
 EXIT = {"done": 0, "stopped": 3, "preempted": 3}
+# On a terminal a counter is drawn over; in a log a line comes now and then, so that nothing is silent for 5 s.
+_REDRAW_S, _LINE_S = 0.2, 4.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status."""
     warnings.showwarning = _show_warning
-    arguments = _parser().parse_args(argv)
     try:
+        arguments = _parse(argv)
         return arguments.run(arguments)
     except UserError as error:
-        print(f"dpo-kit: {error}", file=sys.stderr)
-        return 2
+        return _tell(error, 2)
     except RunError as error:
-        print(f"dpo-kit: {error}", file=sys.stderr)
-        return EXIT.get(error.state, 1)
+        return _tell(error, EXIT.get(error.state, 1))
+    except TimeoutError as error:
+        return _tell(error, 1)
     except KeyboardInterrupt:
-        print("dpo-kit: interrupted", file=sys.stderr)
-        return 3
+        return _tell("interrupted", 1)
     except BrokenPipeError:
+        # The reader is gone (`| head`); what Python flushes when it ends must go somewhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def _tell(message: object, status: int) -> int:
+    print(f"dpo-kit: {message}", file=sys.stderr)
+    return status
 
 
 def _show_warning(message: Any, category: Any, *_: Any, **__: Any) -> None:
     print(f"dpo-kit: {message}", file=sys.stderr)
 
 
+class _Parser(argparse.ArgumentParser):
+    """A wrong command line is a user's mistake like any other: one line, exit status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Options and `key=value` overrides may come in any order."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    overrides = [word for word in rest if "=" in word and not word.startswith("-")]
+    if len(overrides) < len(rest) or (rest and not hasattr(arguments, "overrides")):
+        parser.error(f"unknown arguments: {' '.join(rest)}")
+    if overrides:
+        arguments.overrides += overrides
+    return arguments
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="dpo-kit", description="Direct Preference Optimization, notebook first.", allow_abbrev=False
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -132,8 +162,13 @@ def _sweep(arguments: argparse.Namespace) -> int:
 
     fixed, grid = sweep.split_overrides(arguments.overrides)
     trials = sweep.expand(lambda extra: config_module.load(arguments.config, [*fixed, *extra]), grid)
-    done = sweep.Sweep(trials).run()
-    print(sweep.table(done.trials).text)
+    made = sweep.Sweep(trials)
+    try:
+        made.run()
+    except KeyboardInterrupt:
+        raise RunError("interrupted; the run under way has ended", state="stopped") from None
+    finally:
+        print(sweep.table(made.trials).text)
     return 0
 
 
@@ -151,8 +186,8 @@ def _build(config: Config, split: str) -> Any:
 
     if split == "valid" and config.valid_dataset is None:
         raise UserError("valid_dataset is missing; add the section, or use --split train")
-    with dataset.progress_bar() as progress:
-        return dataset.build(config, split, progress=progress)
+    tell = _counter("rows")
+    return dataset.build(config, split, progress=lambda done, total: tell("build pairs", done, total))
 
 
 def _score(arguments: argparse.Namespace) -> int:
@@ -160,26 +195,38 @@ def _score(arguments: argparse.Namespace) -> int:
     out = Path(arguments.out)
     if not out.absolute().parent.is_dir():
         raise UserError(f"-o {out}: there is no folder {out.absolute().parent}")
+    preflight.check(config)
     store = _build(config, arguments.split)
     from dpo_kit import scoring
 
-    means = scoring.score(config, store, out, _progress_line)
+    means = scoring.score(config, store, out, _counter("pairs"))
     for name, value in means.items():
-        print(
-            f"{name.removeprefix('dpo-eval/'):>18}  {'undefined (all ties)' if value is None else f'{value:.6g}'}"
-        )
+        told = "undefined (all ties)" if value is None else f"{value:.6g}"
+        print(f"{name.removeprefix('dpo-eval/'):>18}  {told}")
     print(out)
     return 0
 
 
-def _progress_line(phase: str, done: int = 0, total: int | None = None, **_: Any) -> None:
-    if sys.stderr.isatty():
+def _counter(unit: str) -> Callable[..., None]:
+    """What shows `build pairs: 300 of 2312 rows` on stderr; silent where it would only flash by."""
+    shown_at = time.monotonic()
+    is_drawn = sys.stderr.isatty()
+
+    def tell(phase: str, done: int = 0, total: int | None = None, **_: Any) -> None:
+        nonlocal shown_at
+        now = time.monotonic()
+        is_last = is_drawn and done == total
+        if not is_last and now - shown_at < (_REDRAW_S if is_drawn else _LINE_S):
+            return
+        shown_at = now
+        text = f"{phase}: {done}" + (f" of {total}" if total else "") + f" {unit}"
         print(
-            f"\r{phase}: {done} of {total} pairs",
-            end="\n" if done == total else "",
+            f"\r{text}\x1b[K" if is_drawn else text,
+            end="\n" if is_last or not is_drawn else "",
             file=sys.stderr,
-            flush=True,
         )
+
+    return tell
 
 
 def _sample(arguments: argparse.Namespace) -> int:
@@ -242,10 +289,9 @@ def _runs_stop(arguments: argparse.Namespace) -> int:
 
 
 def _runs_resume(arguments: argparse.Namespace) -> int:
-    run = _find(arguments).resume()
-    run.wait()
-    print(run.dir)
-    return 0
+    from dpo_kit import launch
+
+    return launch.resume_in_foreground(_find(arguments))
 
 
 def _runs_rm(arguments: argparse.Namespace) -> int:

@@ -29,6 +29,7 @@ from dpo_kit.packing import MicroBatch, pack, pair_cost, plan_step, response_sum
 from dpo_kit.parallel import DTYPES, World, grad_norm, masters
 from dpo_kit.preferences import PairStore
 
+Rows = Sequence[int] | np.ndarray
 AUTO_MAX_TOKENS = 4096
 # Forward-only passes keep no activations: larger micro-batches.
 FORWARD_FACTOR = 4
@@ -112,9 +113,7 @@ def learning_rate(step: int, total: int, optimizer: Any) -> float:
     return optimizer.lr * (optimizer.min_lr_ratio + (1 - optimizer.min_lr_ratio) * left)
 
 
-def micro_batches(
-    engine: Engine, store: PairStore, rows: Sequence[int], max_tokens: int
-) -> Iterator[MicroBatch]:
+def micro_batches(engine: Engine, store: PairStore, rows: Rows, max_tokens: int) -> Iterator[MicroBatch]:
     """This rank's micro-batches of the given rows, on the device; as many on every rank.
 
     A rank that has no pair for one of them runs the first row with weight 0.
@@ -191,7 +190,7 @@ def sums_of(batch: MicroBatch, policy: tuple[Tensor, Tensor], terms: dict[str, T
 
 
 def train_step(
-    engine: Engine, optimizer: torch.optim.Optimizer, rows: Sequence[int], lr: float
+    engine: Engine, optimizer: torch.optim.Optimizer, rows: Rows, lr: float
 ) -> tuple[Tensor, Tensor]:
     """One optimizer step on the given rows.
 
@@ -224,7 +223,7 @@ def reference_pass(
     engine: Engine,
     model: PairModel,
     store: PairStore,
-    rows: Sequence[int],
+    rows: Rows,
     *,
     done: int = 0,
     total: int | None = None,
@@ -308,11 +307,12 @@ def pair_records(config: Config, store: PairStore, table: np.ndarray) -> list[di
     return records
 
 
-def _chunked(engine: Engine, store: PairStore, rows: Sequence[int]) -> Iterator[tuple[int, MicroBatch]]:
+def _chunked(engine: Engine, store: PairStore, rows: Rows) -> Iterator[tuple[int, MicroBatch]]:
     """Forward-only micro-batches over many rows, with the number of rows done; stops between groups when asked."""
     max_tokens = engine.max_tokens * FORWARD_FACTOR
     by_length = sorted(rows, key=lambda r: -sum(store.lengths(int(r))))
-    group, tokens, done = [], 0, 0
+    group: list[int] = []
+    tokens = done = 0
     for row in [*by_length, None]:
         cost = 0 if row is None else pair_cost(store.lengths(int(row)), engine.config.actor.share_prompt)
         if group and (row is None or tokens + cost > max_tokens * engine.world.size):
@@ -392,7 +392,11 @@ def train(engine: Engine, hooks: Hooks) -> int:
         engine.progress("training", step, total, step=step)
         last = step == total
         if engine.valid is not None and (last or hooks.due("evaluator", step, per_epoch)):
-            hooks.evaluated(step, *evaluate(engine))
+            try:
+                hooks.evaluated(step, *evaluate(engine))
+            except Stopped:
+                hooks.save(step)
+                raise
             engine.policy.train()
         if not last and hooks.due("saver", step, per_epoch):
             hooks.save(step)

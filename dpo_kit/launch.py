@@ -32,7 +32,15 @@ from dpo_kit.runs import Run
 from dpo_kit.spawn import spawn
 from dpo_kit.supervisor import supervise
 
-__all__ = ["is_headless", "live", "resolve_world", "run_in_foreground", "spawn", "start"]
+__all__ = [
+    "is_headless",
+    "live",
+    "resolve_world",
+    "resume_in_foreground",
+    "run_in_foreground",
+    "spawn",
+    "start",
+]
 
 Say = Callable[[str], None]
 
@@ -78,6 +86,26 @@ def run_in_foreground(config: Config) -> int:
     """
     config = resolve_world(config)
     run, is_done = _open_trial(config, "foreground")
+    return _foreground(run, is_done)
+
+
+def resume_in_foreground(run: Run) -> int:
+    """Runs an ended run's folder again with this process as the supervisor, as `run_in_foreground` does.
+
+    Raises:
+        UserError: it is live, or somebody else is about to run it.
+    """
+    if run.is_live:
+        raise UserError(f"{run.name} is {run.state}; nothing to resume (dpo-kit runs show {run.name})")
+    is_done = run.state == "done"
+    if is_done:
+        _say(f"{run.name} is done; nothing to resume")
+    else:
+        runs.begin_anew(run)
+    return _foreground(run, is_done)
+
+
+def _foreground(run: Run, is_done: bool) -> int:
     code = 0 if is_done else supervise(run.dir, foreground=True)
     if code != 0:
         print(run.epitaph(), file=sys.stderr, flush=True)

@@ -39,7 +39,12 @@ def prepare(run_dir: Path) -> None:
     atomic_write(run_dir / "data.json", to_json(data, indent=1))
     manifest = read_json(run_dir / "manifest.json", {})
     manifest["data"] = {
-        split: {"store": str(store.path), "fingerprint": store.fingerprint, "num_pairs": len(store)}
+        split: {
+            "store": str(store.path),
+            "fingerprint": store.fingerprint,
+            "num_pairs": len(store),
+            "layout": store.meta["layout"],
+        }
         for split, store in stores.items()
         if store is not None
     }

@@ -32,7 +32,9 @@ def pair_keys(store: PairStore) -> np.ndarray:
     for i in range(len(store)):
         pair = store.pair(i)
         digest = hashlib.blake2b(digest_size=16)
-        digest.update(np.int64([len(pair.chosen_ids), len(pair.rejected_ids), pair.prompt]).tobytes())
+        digest.update(
+            np.array([len(pair.chosen_ids), len(pair.rejected_ids), pair.prompt], np.int64).tobytes()
+        )
         digest.update(np.asarray(pair.chosen_ids, dtype=np.int32).tobytes())
         digest.update(np.asarray(pair.rejected_ids, dtype=np.int32).tobytes())
         keys[i] = np.frombuffer(digest.digest(), dtype=np.uint8)

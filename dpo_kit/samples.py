@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 
-from dpo_kit import builtin, processes, records
+from dpo_kit import builtin, processes, records, tokens
 from dpo_kit import config as config_module
 from dpo_kit.config import Config
 from dpo_kit.errors import UserError
 from dpo_kit.files import atomic_write, read_json, to_json
+from dpo_kit.layouts import ASSISTANT_MARK, CONVERSATION, RAW
 from dpo_kit.model import snapshot
 from dpo_kit.parallel import DTYPES
 from dpo_kit.preferences import PairStore, open_store
@@ -32,12 +33,12 @@ def distinct_prompts(store: PairStore, most: int) -> list[tuple[list[int], int]]
     """The first `most` different prompts of a store, as (token ids, source row)."""
     seen: dict[tuple[int, ...], int] = {}
     for i in range(len(store)):
+        if len(seen) >= most:
+            break
         pair = store.pair(i)
         ids = tuple(int(t) for t in pair.chosen_ids[: pair.context])
         if ids and ids not in seen:
             seen[ids] = pair.index
-        if len(seen) == most:
-            break
     return [(list(ids), row) for ids, row in seen.items()]
 
 
@@ -50,6 +51,7 @@ def generate(
     max_new_tokens: int,
     temperature: float,
     seed: int,
+    done: int = 0,
     progress: Callable[[int], None] = lambda _: None,
 ) -> list[list[int]]:
     """New tokens for each prompt, without the end token.
@@ -60,6 +62,7 @@ def generate(
         end_ids: tokens that end an answer.
         temperature: 0 takes the likeliest token.
         seed: batch b draws from seed + b, whatever the model.
+        done: prompts that earlier calls answered, for `progress`.
         progress: called with the number of prompts answered.
     """
     answers: list[list[int]] = []
@@ -69,7 +72,10 @@ def generate(
         ids = torch.tensor([[end_ids[0]] * (width - len(p)) + list(p) for p in batch])
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch])
         torch.manual_seed(seed + start // BATCH)
-        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        sampling: dict[str, Any] = {"do_sample": temperature > 0}
+        if temperature > 0:
+            # transformers would cut to the 50 likeliest tokens by itself.
+            sampling |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
         out = model.generate(
             ids.to(model.device),
             attention_mask=mask.to(model.device),
@@ -81,7 +87,7 @@ def generate(
         for row in out[:, width:].tolist():
             ends = [i for i, token in enumerate(row) if token in end_ids]
             answers.append(row[: ends[0]] if ends else row)
-        progress(len(answers))
+        progress(done + len(answers))
     return answers
 
 
@@ -89,7 +95,7 @@ def load_plain(path: str, dtype: str) -> Any:
     """A model as anyone would load it from its folder, on the GPU when there is one."""
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         snapshot(path), dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False
     )
     # Sampling is stated in full by `generate`; defaults that a model ships (top_k, ...) must not mix in.
@@ -111,34 +117,37 @@ def latest_export(run_dir: Path) -> Path:
 
 
 def answer(
-    config: Config, run_dir: Path, prompts: list[list[int]], end_ids: list[int], progress: Any = lambda _: None
+    config: Config,
+    run_dir: Path,
+    prompts: list[list[int]],
+    end_ids: list[int],
+    progress: Callable[[int], None] = lambda _: None,
 ) -> dict[str, list[list[int]]]:
     """Answers of the run's reference and of its newest export, as token ids, under "reference" and "policy"."""
     e = config.evaluator
-    found = {}
-    for i, (name, path, dtype) in enumerate(
-        (
-            ("reference", builtin.ensure(config.ref.path), config.ref.dtype),
-            ("policy", str(latest_export(run_dir)), config.actor.dtype),
-        )
-    ):
-        model = load_plain(path, dtype)
+    models = {
+        "reference": (builtin.ensure(config.ref.path), config.ref.dtype),
+        "policy": (str(latest_export(run_dir)), config.actor.dtype),
+    }
+    found: dict[str, list[list[int]]] = {}
+    for name, (path, dtype) in models.items():
         found[name] = generate(
-            model,
+            load_plain(path, dtype),
             prompts,
             end_ids=end_ids,
             max_new_tokens=e.max_new_tokens,
             temperature=e.temperature,
             seed=e.samples_seed,
-            progress=lambda n, base=i * len(prompts): progress(base + n),
+            done=len(found) * len(prompts),
+            progress=progress,
         )
-        del model
     return found
 
 
-def end_tokens(tokenizer: Any, store: PairStore | None) -> list[int]:
-    """What ends an answer: the token that the trained texts end in, and the tokenizer's EOS."""
-    trained = [int(store.pair(0).chosen_ids[-1])] if store is not None and len(store) else []
+def end_tokens(run_dir: Path, tokenizer: Any) -> list[int]:
+    """What ends an answer: what the newest export stops on (the trained end token), and the tokenizer's EOS."""
+    exported = read_json(latest_export(run_dir) / "generation_config.json", {}).get("eos_token_id")
+    trained = exported if isinstance(exported, list) else [exported]
     return list(dict.fromkeys(i for i in (*trained, tokenizer.eos_token_id) if i is not None))
 
 
@@ -161,13 +170,13 @@ def write_samples(run_dir: Path) -> int:
         records.write_progress(run_dir, phase="samples", done=done, total=2 * len(prompts))
 
     progress(0)
-    answers = answer(config, run_dir, prompts, end_tokens(tokenizer, store), progress)
+    answers = answer(config, run_dir, prompts, end_tokens(run_dir, tokenizer), progress)
     lines = []
     for i, (ids, row) in enumerate(picked):
         line: dict[str, Any] = {"index": row, "seed": config.evaluator.samples_seed + i // BATCH}
         line["prompt"] = tokenizer.decode(ids, skip_special_tokens=False)
         for name in ("reference", "policy"):
-            line[name] = tokenizer.decode(answers[name][i], skip_special_tokens=True).strip()
+            line[name] = _text(tokenizer, answers[name][i])
             line[f"{name}_tokens"] = len(answers[name][i])
         lines.append(to_json(line) + "\n")
     atomic_write(run_dir / "samples.jsonl", "".join(lines))
@@ -184,29 +193,41 @@ def ask(run_dir: Path, texts: Sequence[str]) -> list[dict[str, str]]:
         One `{"prompt", "reference", "policy"}` a text.
     """
     config = config_module.load(run_dir / "config.yaml")
-    data = read_json(run_dir / "data.json", {}) or {}
-    folder = Path(data["train"]) if data.get("train") else None
-    store = open_store(folder) if folder is not None and folder.is_dir() else None
+    # In the manifest, because the run may have been copied to where its pair store is not.
+    layout = read_json(run_dir / "manifest.json", {}).get("data", {}).get("train", {}).get("layout", RAW)
     tokenizer = builtin.load_tokenizer(builtin.ensure(config.tokenizer_path or config.actor.path))
-    layout = store.meta.get("layout") if store is not None else None
     prompts = [prompt_ids(tokenizer, layout, text) for text in texts]
-    answers = answer(config, run_dir, prompts, end_tokens(tokenizer, store))
+    answers = answer(config, run_dir, prompts, end_tokens(run_dir, tokenizer))
+    names = ("reference", "policy")
     return [
-        {"prompt": text}
-        | {n: tokenizer.decode(answers[n][i], skip_special_tokens=True).strip() for n in ("reference", "policy")}
+        {"prompt": text, **{name: _text(tokenizer, answers[name][i]) for name in names}}
         for i, text in enumerate(texts)
     ]
 
 
-def prompt_ids(tokenizer: Any, layout: str | None, text: str) -> list[int]:
-    """Token ids that ask for an answer to `text`, in the layout of a pair store."""
-    if layout == "conversation":
-        messages = [{"role": "user", "content": text}]
-        rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        return tokenizer(rendered, add_special_tokens=False).input_ids
-    if layout == "raw" and "\n\nHuman:" not in text:
-        text = f"\n\nHuman: {text}\n\nAssistant:"
-    return tokenizer(text).input_ids
+def _text(tokenizer: Any, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def prompt_ids(tokenizer: Any, layout: str, text: str) -> list[int]:
+    """Token ids that ask for an answer to `text`: what the pair store of this layout holds before an answer.
+
+    Args:
+        tokenizer: a fast tokenizer.
+        layout: of the pair store (`layouts`). Raw text that does not say who speaks is put as HH-RLHF does.
+        text: what a person says.
+    """
+    is_chat = layout == CONVERSATION
+    turn_end = tokens.probe_turn_end(tokenizer, "of the run") if is_chat else None
+    encoder = tokens.make_encoder(tokenizer, "of the run", turn_end)
+    if is_chat:
+        messages = tokens.protect(encoder, [{"role": "user", "content": text}])
+        text = tokens.adopt(encoder, tokens.render(tokenizer, messages, True))
+        text += tokens.make_chat(encoder, "of the run").header
+    elif layout == RAW and "\n\nHuman:" not in text:
+        text = f"\n\nHuman: {text}{ASSISTANT_MARK}"
+    ids = tokens.encode(encoder, [text])[0].ids
+    return [int(i) for i in tokens.finish(encoder, ids, plain=not is_chat, add_eos=False)[0]]
 
 
 if __name__ == "__main__":

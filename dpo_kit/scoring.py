@@ -5,22 +5,26 @@ One process, forward only, through the same packed path as training. Not here: t
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dpo_kit import builtin, engine, worker
+from dpo_kit import builtin, engine, prepare, worker
 from dpo_kit.config import Config
 from dpo_kit.engine import Engine
 from dpo_kit.files import atomic_write, to_json
-from dpo_kit.parallel import init_world
+from dpo_kit.parallel import World, init_world
 from dpo_kit.preferences import PairStore
 
 
-def score(config: Config, store: PairStore, out: Path, progress: Any = lambda *_a, **_k: None) -> dict[str, Any]:
+def score(
+    config: Config, store: PairStore, out: Path, progress: Any = lambda *_a, **_k: None
+) -> dict[str, Any]:
     """Writes one JSON line a pair, in dataset order, to `out`; the file appears when all are there.
 
     The lines hold summed log-probs in nats at full precision; their fields are listed in `docs/design.md`.
@@ -32,18 +36,40 @@ def score(config: Config, store: PairStore, out: Path, progress: Any = lambda *_
 
     Returns:
         The means over all pairs, under `dpo-eval/` names.
+
+    Raises:
+        ConfigError: the reference has another tokenizer.
     """
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+    for path in dict.fromkeys([config.actor.path, config.ref.path, config.tokenizer_path]):
+        builtin.ensure(path)
+    prepare.check_tokenizers(config)
     cuda = torch.cuda.is_available() and config.cluster.n_gpus_per_node != 0
-    with tempfile.TemporaryDirectory() as folder:
-        world = init_world(cuda=cuda, init_method=f"file://{folder}/init")
-        try:
-            builtin.ensure(config.actor.path)
-            policy = worker.load_model(config, config.actor.path, config.actor.dtype, world, [store], trainable=False)
-            state = Engine(config, world, policy, train=store, valid=store, progress=progress)
-            worker.prepare_reference(state, Path(config.cluster.fileroot))
-            means, lines = engine.evaluate(state)
-        finally:
-            torch.distributed.destroy_process_group()
+    with _alone(cuda) as world:
+        policy = worker.load_model(
+            config, config.actor.path, config.actor.dtype, world, [store], trainable=False
+        )
+        state = Engine(config, world, policy, train=store, valid=None, progress=progress)
+        worker.prepare_reference(state, Path(config.cluster.fileroot))
+        state.valid, state.ref_valid = store, state.ref_train
+        means, lines = engine.evaluate(state)
     atomic_write(out, "".join(to_json(line) + "\n" for line in lines))
     return means
+
+
+@contextlib.contextmanager
+def _alone(cuda: bool) -> Iterator[World]:
+    """A process group of this process; the environment is put back, for this may be a notebook or a test."""
+    mine = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    before = {name: os.environ.get(name) for name in mine}
+    os.environ.update(mine)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            yield init_world(cuda=cuda, init_method=f"file://{folder}/init")
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -47,6 +47,7 @@ def test_stores_and_fingerprints_are_left_for_the_ranks(make_run, capsys):
         "store": data["train"],
         "fingerprint": train.fingerprint,
         "num_pairs": len(train),
+        "layout": "raw",
     }
     progress = read_json(run_dir / "progress.json")
     assert progress["phase"] == "build pairs"
