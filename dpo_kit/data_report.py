@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from dpo_kit.preferences import PairStore
+from dpo_kit.readers import listed
 
 POINTS = (50, 90, 99, 100)
 
@@ -61,7 +62,7 @@ def format_report(store: PairStore, train: PairStore | None = None) -> str:
     ]
     lines += [f"           {count:,} {what}" for what, count in report["notes"].items() if count]
     if report["unused_columns"]:
-        lines.append(f"not used   columns {', '.join(map(repr, report['unused_columns']))}")
+        lines.append(f"not used   columns {listed(report['unused_columns'])}")
     if train is not None:
         count = shared_prompts(train, store)
         lines.append(f"leak       {count:,} of {len(store):,} pairs have a prompt that is also in training")

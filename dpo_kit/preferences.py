@@ -199,7 +199,7 @@ def write_store(
             "fingerprint": _fingerprint(described),
             "arrays": described,
         }
-        _write_synced(temporary / "meta.json", json.dumps(whole, indent=1, ensure_ascii=False).encode())
+        _write_synced(temporary / "meta.json", json.dumps(whole, indent=1).encode())
         _sync_folder(temporary)
         _put_in_place(temporary, folder)
     finally:

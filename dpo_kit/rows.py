@@ -213,7 +213,7 @@ def _open_hub(path: str, name: str | None, split: str, section: str) -> Source:
     try:
         data = _load_hub(datasets, path, name, split)
     except Exception as error:  # the hub's client raises dozens of kinds, many of them bare
-        cause = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        cause = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
         raise DataError(
             f"{section}.path = {path!r} is no local file and cannot be loaded from the hub ({show_text(cause)}); "
             f"check the name and {section}.split = {split!r}, or, offline, give a local file or {SAMPLE!r}"
