@@ -165,6 +165,12 @@ def reward_accuracy(evaluation: Mapping[str, np.ndarray]) -> Share:
     return Share(float(np.sum((margins > 0) & ~tied)), len(margins), int(tied.sum()))
 
 
+def is_tied(record: Mapping[str, Any], beta: float, prefix: str = "dpo") -> bool:
+    """Whether the rewards of a record of `metrics.jsonl` are all rounding: policy and reference are equal."""
+    rewards = (record[f"{prefix}/{key}"] for key in ("chosen_reward", "rejected_reward", "reward_margin"))
+    return max(map(abs, rewards)) <= TIE_NATS * beta
+
+
 def logp_accuracy(evaluation: Mapping[str, np.ndarray], model: str = "policy") -> Share:
     """Share of pairs whose chosen response has the larger summed log-prob under `policy` or `ref`.
 

@@ -65,6 +65,11 @@ def _visible(character: str) -> str:
     return f"[U+{ord(character):04X}]"
 
 
+def signed(value: float, digits: int = 3) -> str:
+    """A number with its sign; what rounds to zero is `+0.000`, so that rounding noise cannot turn the sign."""
+    return f"{round(value, digits) + 0.0:+.{digits}f}"
+
+
 def paragraph(text: object) -> Html:
     """One line of escaped text."""
     return Html(f'<div style="margin:.3em 0">{escape(text)}</div>', str(text))

@@ -79,7 +79,8 @@ def collect(namespace: Mapping[str, Any], extra: Collection[str] = ()) -> dict[s
 
     papermill only warns about a name that the parameters cell does not have and injects it all the same, so
     the names are read from the source of the cells: the last parameters cell that ran, and the cells that
-    papermill put after it. Variables of other cells are nobody's business.
+    papermill put after it. Variables of other cells are nobody's business. A front end that keeps no history
+    of its cells (nbval) leaves only the known names to be found.
     """
     cells = namespace.get("In")
     if not isinstance(cells, list):
@@ -94,6 +95,8 @@ def collect(namespace: Mapping[str, Any], extra: Collection[str] = ()) -> dict[s
         elif len(known & set(assigned)) >= 5:
             names += assigned
             break
+    else:
+        names = [*known]
     return {name: namespace[name] for name in dict.fromkeys(reversed(names)) if name in namespace}
 
 

@@ -289,9 +289,9 @@ def table(trials: Sequence[Trial]) -> display.Html:
             r["step"],
             _number(r["loss"]),
             _number(r["held_out_loss"]),
-            _number(r["held_out_chosen_reward"], "+.3f"),
-            _number(r["held_out_rejected_reward"], "+.3f"),
-            _number(r["held_out_reward_margin"], "+.3f"),
+            _signed(r["held_out_chosen_reward"]),
+            _signed(r["held_out_rejected_reward"]),
+            _signed(r["held_out_reward_margin"]),
             _number(r["held_out_reward_accuracy"], ".1%"),
             "-" if r["best_step"] is None else f"{r['best_accuracy']:.1%} (step {r['best_step']})",
         ]
@@ -304,3 +304,7 @@ def table(trials: Sequence[Trial]) -> display.Html:
 
 def _number(value: float | None, form: str = ".3f") -> str:
     return "-" if value is None else format(value, form)
+
+
+def _signed(value: float | None) -> str:
+    return "-" if value is None else display.signed(value)

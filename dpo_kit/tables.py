@@ -38,14 +38,15 @@ def steps_table(run: Run, most: int = 12) -> Html:
     picked = (
         sorted({round(i) for i in np.linspace(0, len(lines) - 1, min(most, len(lines)))}) if lines else []
     )
+    beta = run.config.actor.beta
     rows = [
         [
             lines[i]["step"],
             f"{lines[i]['dpo/loss']:.3f}",
-            f"{lines[i]['dpo/chosen_reward']:+.3f}",
-            f"{lines[i]['dpo/rejected_reward']:+.3f}",
-            f"{lines[i]['dpo/reward_margin']:+.3f}",
-            _percent(lines[i]["dpo/reward_accuracy"]),
+            display.signed(lines[i]["dpo/chosen_reward"]),
+            display.signed(lines[i]["dpo/rejected_reward"]),
+            display.signed(lines[i]["dpo/reward_margin"]),
+            _percent(None if analysis.is_tied(lines[i], beta) else lines[i]["dpo/reward_accuracy"]),
         ]
         for i in picked
     ]
@@ -167,7 +168,9 @@ def samples_table(run: Run, count: int = 4) -> Html:
     said = [display.paragraph(_rule_line(before, after))]
     return display.stack(
         _answers_table(
-            samples[:count], scores[:count], caption=f"the first {count} of {len(samples)} held-out prompts"
+            samples[:count],
+            scores[:count],
+            f"the first {min(count, len(samples))} of {len(samples)} held-out prompts",
         ),
         *said,
         _answers_table(
@@ -212,7 +215,10 @@ def _answers_table(
     ]
     if scores is not None:
         header, widths = [*header, "rule before", "rule after"], [22, 33, 33, 6, 6]
-        rows = [[*row, f"{b:+.2f}", f"{a:+.2f}"] for row, (b, a) in zip(rows, scores, strict=True)]
+        rows = [
+            [*row, display.signed(b, 2), display.signed(a, 2)]
+            for row, (b, a) in zip(rows, scores, strict=True)
+        ]
     return display.table(header, rows, caption=caption, widths=widths)
 
 

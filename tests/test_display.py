@@ -66,6 +66,16 @@ def test_escape_limit_says_what_it_left_out():
     assert display.escape("abc", limit=3) == "abc"
 
 
+def test_rounding_noise_has_no_sign():
+    assert [display.signed(v) for v in (-1e-14, 1e-14, -0.0004, -0.0006)] == [
+        "+0.000",
+        "+0.000",
+        "+0.000",
+        "-0.001",
+    ]
+    assert display.signed(-1.004, 2) == "-1.00"
+
+
 def test_no_math_in_prices():
     assert "mathjax_ignore" in display.paragraph("$5 or $10")._repr_html_()
     assert "tex2jax_ignore" in display.paragraph("$5 or $10")._repr_html_()

@@ -81,6 +81,14 @@ def test_only_the_last_parameters_cell_counts():
     assert found["beta"] == 0.3
 
 
+def test_without_a_history_of_cells_the_known_names_are_found():
+    cells = namespace(CELL, "# Parameters\nbeta = 0.2\n", "rows = 3")
+    cells["In"] = [""]
+    found = notebook.collect(cells)
+    assert found["beta"] == 0.2
+    assert set(found) == set(parameter_names())
+
+
 def test_a_plain_dict_will_do(project):
     with pytest.raises(ConfigError, match="did you mean beta"):
         notebook.begin({"betta": 0.1})

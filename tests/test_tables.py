@@ -76,6 +76,16 @@ def test_steps_are_an_even_choice_with_both_ends(run):
     assert len(tables.steps_table(run).text.split("\n")) == 14
 
 
+def test_a_first_step_of_rounding_noise_is_undefined_too(run):
+    noise = {"dpo/chosen_reward": 1e-15, "dpo/rejected_reward": 2e-15, "dpo/reward_margin": -1e-15}
+    for step, accuracy in ((31, 0.0), (32, 0.5)):
+        line = {"step": step, "dpo/loss": 0.693, **noise, "dpo/reward_accuracy": accuracy}
+        records.append_metrics(run.dir, line if step == 31 else {**line, "dpo/chosen_reward": 0.001})
+    last, end = tables.steps_table(run, most=32).text.split("\n")[-2:]
+    assert last.split() == ["31", "0.693", "+0.000", "+0.000", "+0.000", "undefined", "(all", "ties)"]
+    assert end.endswith("50 %")
+
+
 def test_accuracy_before_is_undefined_and_after_has_n_and_interval(run):
     table = tables.accuracy_table(run)
     assert "undefined (all ties)" in line_of(table, "reward accuracy, step 0")
