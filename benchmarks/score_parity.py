@@ -1,0 +1,60 @@
+"""`dpo-kit score` against plain transformers with full logits, row by row, in fp32.
+
+    python benchmarks/score_parity.py PAIRS.jsonl[.gz] [NUM_ROWS] [MODEL]
+
+Prints the largest difference of a response's summed log-probs, in nats.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from dpo_kit import builtin, cli, dataset
+from dpo_kit import config as config_module
+
+
+def plain(lm, ids: list[int], start: int) -> float:
+    """Summed log-probs of ids[start:] from the model's full logits."""
+    row = torch.tensor(ids)[None]
+    logps = torch.log_softmax(lm(row).logits[0, :-1], -1).gather(-1, row[0, 1:, None])[:, 0]
+    return float(logps.double()[max(start, 1) - 1 :].sum())
+
+
+def main(pairs: str, num_rows: int = 200, model: str = "smollm2-135m-instruct") -> None:
+    """Runs both and prints the figures."""
+    from transformers import AutoModelForCausalLM
+
+    with tempfile.TemporaryDirectory() as folder:
+        params = Path(folder) / "params.yaml"
+        tree = {
+            "actor": {"path": model, "dtype": "float32"},
+            "ref": {"path": model},
+            "train_dataset": {"path": str(Path(pairs).resolve()), "num_rows": num_rows, "max_length": 2048},
+            "cluster": {"fileroot": folder, "n_gpus_per_node": 0},
+        }
+        params.write_text(json.dumps(tree))
+        start = time.perf_counter()
+        assert cli.main(["score", "--config", str(params), "-o", f"{folder}/out.jsonl"]) == 0
+        scored_s = time.perf_counter() - start
+        lines = [json.loads(line) for line in Path(folder, "out.jsonl").read_text().splitlines()]
+        store = dataset.build(config_module.load(params))
+        lm = AutoModelForCausalLM.from_pretrained(builtin.ensure(model), dtype=torch.float32).eval()
+        worst, start = 0.0, time.perf_counter()
+        with torch.no_grad():
+            for i, line in enumerate(lines):
+                pair = store.pair(i)
+                for name, ids in (("chosen", pair.chosen_ids), ("rejected", pair.rejected_ids)):
+                    value = plain(lm, ids.tolist(), pair.prompt)
+                    worst = max(worst, abs(value - line[f"policy_{name}_logps"]), abs(value - line[f"ref_{name}_logps"]))
+    print(f"{len(lines)} pairs; largest |difference of summed log-probs| {worst:.3g} nats; ", end="")
+    print(f"score {scored_s:.0f} s (policy and reference), plain {time.perf_counter() - start:.0f} s (one model)")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], *map(int, sys.argv[2:3]), *sys.argv[3:4])
