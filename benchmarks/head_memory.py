@@ -41,7 +41,9 @@ if __name__ == "__main__":
         shape = [*sys.argv[1:], *["2048", "512", "150000"][len(sys.argv) - 1 :]]
         found = {}
         for side in ("plain", "kit"):
-            out = subprocess.run([sys.executable, __file__, side, *shape], capture_output=True, text=True, check=True)
+            out = subprocess.run(
+                [sys.executable, __file__, side, *shape], capture_output=True, text=True, check=True
+            )
             found[side], checksum = out.stdout.split()
             print(f"{side:6} {found[side]:>6} MiB   sum of log-probs {checksum}")
         print(f"kit / plain = {float(found['kit']) / float(found['plain']):.3f}")

@@ -51,9 +51,12 @@ def main(pairs: str, num_rows: int = 200, model: str = "smollm2-135m-instruct") 
                 pair = store.pair(i)
                 for name, ids in (("chosen", pair.chosen_ids), ("rejected", pair.rejected_ids)):
                     value = plain(lm, ids.tolist(), pair.prompt)
-                    worst = max(worst, abs(value - line[f"policy_{name}_logps"]), abs(value - line[f"ref_{name}_logps"]))
+                    differences = [abs(value - line[f"{side}_{name}_logps"]) for side in ("policy", "ref")]
+                    worst = max(worst, *differences)
     print(f"{len(lines)} pairs; largest |difference of summed log-probs| {worst:.3g} nats; ", end="")
-    print(f"score {scored_s:.0f} s (policy and reference), plain {time.perf_counter() - start:.0f} s (one model)")
+    print(
+        f"score {scored_s:.0f} s (policy and reference), plain {time.perf_counter() - start:.0f} s (one model)"
+    )
 
 
 if __name__ == "__main__":

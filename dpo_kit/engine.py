@@ -31,8 +31,8 @@ from dpo_kit.preferences import PairStore
 
 Rows = Sequence[int] | np.ndarray
 AUTO_MAX_TOKENS = 4096
-# Forward-only passes keep no activations: larger micro-batches.
-FORWARD_FACTOR = 4
+# Forward-only passes keep no activations: larger micro-batches fill a GPU. A CPU is full with one.
+FORWARD_FACTOR = {"cuda": 4, "cpu": 1}
 FIRST_STEP_NATS = 1e-3
 FIRST_STEP_NATS_PER_TOKEN_BF16 = 1e-2
 
@@ -309,7 +309,7 @@ def pair_records(config: Config, store: PairStore, table: np.ndarray) -> list[di
 
 def _chunked(engine: Engine, store: PairStore, rows: Rows) -> Iterator[tuple[int, MicroBatch]]:
     """Forward-only micro-batches over many rows, with the number of rows done; stops between groups when asked."""
-    max_tokens = engine.max_tokens * FORWARD_FACTOR
+    max_tokens = engine.max_tokens * FORWARD_FACTOR[engine.world.device.type]
     by_length = sorted(rows, key=lambda r: -sum(store.lengths(int(r))))
     group: list[int] = []
     tokens = done = 0
