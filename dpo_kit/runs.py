@@ -10,6 +10,7 @@ Deliberately not here: starting new runs (launch), charts (plots), what the reco
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import subprocess
@@ -196,6 +197,9 @@ class Run:
         finally:
             if view is not None:
                 view.close(status)
+        if self._supervisor is not None:  # it ends a moment after its last word
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._supervisor.wait(_STOP_SLACK_S)
         return status
 
 

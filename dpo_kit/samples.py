@@ -9,8 +9,9 @@ Not here: judging answers (`ranking`, `analysis`), showing them (`notebook`).
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,12 +96,27 @@ def load_plain(path: str, dtype: str) -> Any:
     """A model as anyone would load it from its folder, on the GPU when there is one."""
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        snapshot(path), dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False
-    )
+    with _no_bars():
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            snapshot(path), dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False
+        )
     # Sampling is stated in full by `generate`; defaults that a model ships (top_k, ...) must not mix in.
     model.generation_config = GenerationConfig()
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """Loading shows a bar a model, in the middle of whatever a command prints."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def latest_export(run_dir: Path) -> Path:

@@ -4,9 +4,22 @@ from __future__ import annotations
 
 import pytest
 
+from dpo_kit import builtin
 from dpo_kit.processes import end_tree
 from tests.fakes import Fakes
 from tests.ranks import Ranks
+
+
+@pytest.fixture(scope="session", autouse=True)
+def model_cache(tmp_path_factory):
+    """Built-in models are made in a temporary folder; what was downloaded before is linked in."""
+    folder = tmp_path_factory.mktemp("models")
+    for made in builtin.cache_dir().glob("smollm2*"):
+        if made.is_dir():
+            (folder / made.name).symlink_to(made, target_is_directory=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DPO_KIT_CACHE", str(folder))
+        yield folder
 
 
 @pytest.fixture(scope="session")

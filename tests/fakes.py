@@ -7,7 +7,7 @@ import functools
 import json
 
 from dpo_kit import config as config_module
-from dpo_kit import launch, records, supervisor
+from dpo_kit import launch, records, runs, supervisor
 from dpo_kit.errors import RunError
 from dpo_kit.processes import is_alive
 from tests.fake_supervisor import MODULES
@@ -57,10 +57,13 @@ class Fakes:
 
     def end(self):
         """Stops what is live; processes of ranks that are left all the same."""
-        live = [run for run in launch.live(self.fileroot) if run.status.get("supervisor")]
+        live = launch.live(self.fileroot)
         for run in live:
             records.request_stop(run.dir, "stopped")
+        for process in runs._supervisors.values():  # also those that have not said yet who they are
+            process.wait(10)
         for run in live:
-            with contextlib.suppress(RunError, TimeoutError):
-                run.wait(timeout=10, show=False)
+            if run.status.get("supervisor"):
+                with contextlib.suppress(RunError, TimeoutError):
+                    run.wait(timeout=10, show=False)
         return self.living()
