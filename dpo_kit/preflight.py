@@ -79,10 +79,11 @@ def _other_tokenizer(config: Config) -> list[str]:
 
 def tokenizer_problem(config: Config, own: dict[str, int], other: dict[str, int]) -> str:
     """The message for two vocabularies (token -> id) that differ."""
-    differing = sum(own.get(token) != other.get(token) for token in own.keys() | other.keys())
+    tokens = own.keys() | other.keys()
+    differing = sum(own.get(token) != other.get(token) for token in tokens)
     return (
         f"ref.path = {config.ref.path!r} has another tokenizer than {config.tokenizer_path!r}: {differing} of"
-        f" {max(len(own), len(other))} tokens differ; use a reference of the same family, by default ${{actor.path}}"
+        f" {len(tokens)} tokens differ; use a reference of the same family, by default ${{actor.path}}"
     )
 
 

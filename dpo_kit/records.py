@@ -200,7 +200,7 @@ def reset_status(run_dir: Path) -> dict[str, Any]:
         "phase_total": None,
         "phase_started_at": None,
         "phase_expected_s": None,
-        "created_at": before.get("created_at") or now,
+        "created_at": now,
         "attempt": before.get("attempt", 0) + 1,
         "started_at": None,
         "updated_at": now,

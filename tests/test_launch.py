@@ -173,7 +173,7 @@ def test_a_reference_with_another_tokenizer_is_refused(fakes):
         (fakes.root / name / "tokenizer.json").write_text(text)
     own = ["actor.path=own", "tokenizer_path=own"]
     with pytest.raises(
-        UserError, match=r"ref.path = '.*other' has another tokenizer than '.*own': 2 of 3 tokens"
+        UserError, match=r"ref.path = '.*other' has another tokenizer than '.*own': 2 of 4 tokens"
     ):
         launch.start(fakes.config(*own, "ref.path=other"))
     assert not fakes.fileroot.exists()
@@ -194,7 +194,7 @@ def test_a_named_trial_that_exists_is_refused_naming_three_ways(fakes):
 
 
 def test_a_done_trial_is_skipped_with_recover_auto(fakes, capsys):
-    first = launch.start(fakes.config("trial_name=one", "recover.mode=auto"))
+    first = launch.start(fakes.config("trial_name=one"))
     first.wait()
     ended = first.status["ended_at"]
     again = launch.start(fakes.config("trial_name=one", "recover.mode=auto"))

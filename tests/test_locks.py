@@ -71,6 +71,9 @@ def test_only_one_of_many_takes_a_stale_lock(tmp_path, sleeper):
     sleeper.wait()
     code = (
         "import sys, time; from pathlib import Path; from dpo_kit import locks\n"
+        "read = locks.lock_owner\n"
+        "def slow(folder):\n owner = read(folder); time.sleep(0.5); return owner\n"
+        "locks.lock_owner = slow\n"
         "try:\n locks.take_lock(Path(sys.argv[1])); print('mine', flush=True); time.sleep(2)\n"
         "except ValueError: print('refused', flush=True)"
     )

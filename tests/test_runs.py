@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import shutil
 import subprocess
 import sys
@@ -199,12 +200,26 @@ def test_markup_in_names_and_messages_stays_text(fakes):
     assert html.count("&lt;img src=x onerror=alert(1)&gt;") >= 3
 
 
+def interrupt_soon():
+    threading.Timer(0.3, _thread.interrupt_main).start()
+
+
+def test_an_interrupted_wait_ends_a_run_of_this_process(long_run, capsys):
+    """This process lives on, so that it is not the supervisor that ends the run for want of its owner."""
+    interrupt_soon()
+    with pytest.raises(KeyboardInterrupt):
+        long_run.wait()
+    assert "interrupted: exp/one saves and ends" in capsys.readouterr().out
+    until(lambda: not long_run.is_live)
+    assert long_run.state == "preempted"
+
+
 def test_an_interrupted_wait_of_somebody_elses_run_does_not_stop_it(fakes, capsys):
     """Opened by another process, a headless run belongs to the one that started it."""
     run = finished(fakes, "one", "running", owner={"kind": "headless", "pid": 999999999})
     with locks.lock(run.dir):
         records.update_status(run.dir, supervisor=locks.lock_owner(run.dir))
-        threading.Timer(0.3, lambda: __import__("_thread").interrupt_main()).start()
+        interrupt_soon()
         with pytest.raises(KeyboardInterrupt):
             run.wait()
         assert records.stop_requested(run.dir) is None

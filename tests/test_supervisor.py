@@ -299,7 +299,8 @@ def test_a_second_signal_leaves_at_once(make_run, background):
     process = background(run_dir)
     until(lambda: "worker-1" in started(run_dir))
     process.send_signal(signal.SIGTERM)
-    process.send_signal(signal.SIGTERM)  # at once: still one request, as `timeout` sends it
+    time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)  # still one request: `timeout` signals the process and its group
     time.sleep(1.0)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
