@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_kit import builtin, engine
+from dpo_kit import builtin, engine, schedule
 from dpo_kit.errors import UserError
 from dpo_kit.preferences import open_store
 from tests.helpers import make_engine, one_rank, random_pairs, store_of, tiny_config, train_tiny
@@ -195,25 +195,25 @@ def test_schedules_start_above_zero_and_end_where_they_should(tmp_path):
     o.lr, o.min_lr_ratio, o.warmup_steps_proportion = 1.0, 0.1, 0.1
     for kind, last, middle in (("cosine", 0.1, 0.55), ("linear", 0.1, 0.55), ("constant", 1.0, 1.0)):
         o.lr_scheduler_type = kind
-        lrs = [engine.learning_rate(k, 20, o) for k in range(1, 21)]
+        lrs = [schedule.learning_rate(k, 20, o) for k in range(1, 21)]
         assert lrs[:2] == pytest.approx([0.5, 1.0])
         assert lrs[-1] == pytest.approx(last)
         assert lrs[10] == pytest.approx(middle)
         assert lrs[1:] == sorted(lrs[1:], reverse=True)
     o.warmup_steps_proportion = 0.0
-    assert engine.learning_rate(1, 1, o) > 0
+    assert schedule.learning_rate(1, 1, o) > 0
 
 
 def test_rows_of_a_step_depend_on_seed_and_step_alone(tmp_path):
     config = tiny_config(tmp_path, "train_dataset.batch_size=4")
-    epoch = np.concatenate([engine.step_rows(config, 10, s) for s in (1, 2, 3)])
+    epoch = np.concatenate([schedule.step_rows(config, 10, s) for s in (1, 2, 3)])
     assert sorted(epoch) == list(range(10))
-    again = np.concatenate([engine.step_rows(config, 10, s) for s in (4, 5, 6)])
+    again = np.concatenate([schedule.step_rows(config, 10, s) for s in (4, 5, 6)])
     assert sorted(again) == list(range(10))
     assert epoch.tolist() != again.tolist()
     config.train_dataset.drop_last = True
-    assert engine.steps_per_epoch(config, 10) == 2
+    assert schedule.steps_per_epoch(config, 10) == 2
     config.train_dataset.shuffle = False
-    assert engine.step_rows(config, 10, 2).tolist() == [4, 5, 6, 7]
+    assert schedule.step_rows(config, 10, 2).tolist() == [4, 5, 6, 7]
     with pytest.raises(UserError, match="leaves no step: 3 pairs"):
-        engine.num_steps(config, 3)
+        schedule.num_steps(config, 3)

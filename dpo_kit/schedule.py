@@ -1,0 +1,62 @@
+"""What a run will do, before it does it: how many steps, which pairs in each, which learning rate.
+
+Every function depends on nothing but its arguments, so that a step can be asked for by its number: a resumed
+run, another number of ranks and a second run all see the same pairs in the same order.
+
+Not here: ranks and micro-batches (`packing`), the loop (`engine`).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from dpo_kit.config import Config
+from dpo_kit.errors import UserError
+
+
+def num_steps(config: Config, num_pairs: int) -> int:
+    """Optimizer steps of the whole run: epochs over the pairs, ended early by `total_train_steps`."""
+    per_epoch = steps_per_epoch(config, num_pairs)
+    if per_epoch == 0:
+        raise UserError(
+            f"train_dataset.drop_last = true leaves no step: {num_pairs} pairs, "
+            f"train_dataset.batch_size = {config.train_dataset.batch_size}; use {num_pairs} or less"
+        )
+    total = per_epoch * config.total_train_epochs
+    return min(total, config.total_train_steps) if config.total_train_steps else total
+
+
+def steps_per_epoch(config: Config, num_pairs: int) -> int:
+    """Steps of one pass over the pairs; the last one runs short unless `drop_last`."""
+    size = config.train_dataset.batch_size
+    return num_pairs // size if config.train_dataset.drop_last else -(-num_pairs // size)
+
+
+def step_rows(config: Config, num_pairs: int, step: int) -> np.ndarray:
+    """Rows of the store that optimizer step `step` (from 1) trains on; depends on nothing but its arguments."""
+    per_epoch = steps_per_epoch(config, num_pairs)
+    epoch, at = divmod(step - 1, per_epoch)
+    order = np.arange(num_pairs)
+    if config.train_dataset.shuffle:
+        order = np.random.default_rng([config.seed, epoch]).permutation(num_pairs)
+    size = config.train_dataset.batch_size
+    return order[at * size : (at + 1) * size]
+
+
+def learning_rate(step: int, total: int, optimizer: Any) -> float:
+    """Learning rate of step `step` in 1..total.
+
+    Warm-up is lr * k / W over W = ceil(warmup_steps_proportion * total) steps (never 0 at k >= 1); then
+    `constant`, or `linear` / `cosine` down to min_lr_ratio * lr, reached at the last step.
+    """
+    warmup = math.ceil(optimizer.warmup_steps_proportion * total - 1e-9)
+    if step <= warmup:
+        return optimizer.lr * step / warmup
+    if optimizer.lr_scheduler_type == "constant":
+        return optimizer.lr
+    done = (step - warmup) / max(1, total - warmup)
+    left = 0.5 * (1 + math.cos(math.pi * done)) if optimizer.lr_scheduler_type == "cosine" else 1 - done
+    return optimizer.lr * (optimizer.min_lr_ratio + (1 - optimizer.min_lr_ratio) * left)
