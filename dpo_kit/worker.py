@@ -77,6 +77,16 @@ class Recorder:
             atomic_write(folder / f"step-{step}.jsonl", "".join(to_json(pair) + "\n" for pair in pairs))
         self.record({"step": step, **means})
 
+    def write_weights(self, fingerprints: dict[str, str]) -> None:
+        """Adds what the run starts from to its manifest."""
+        if self.world.is_main:
+            made = read_json(self.run_dir / "manifest.json", {})
+            made["weights"] = {
+                name: {"path": getattr(self.config, name).path, "fingerprint": fingerprint}
+                for name, fingerprint in fingerprints.items()
+            }
+            atomic_write(self.run_dir / "manifest.json", to_json(made, indent=2))
+
     def due(self, section: str, step: int, steps_per_epoch: int) -> bool:
         """Whether `saver` or `evaluator` is due after a step; rank 0's clock decides for all ranks."""
         freq = getattr(self.config, section)
@@ -136,7 +146,8 @@ def run(run_dir: Path, world: World, should_stop: Any) -> None:
         should_stop=should_stop,
         progress=recorder.progress,
     )
-    prepare_reference(state, Path(config.cluster.fileroot))
+    weights = prepare_reference(state, Path(config.cluster.fileroot))
+    recorder.write_weights(weights)
     tokenizer = builtin.load_tokenizer(builtin.ensure(config.tokenizer_path or config.actor.path))
     end_token_id = int(train.pair(0).chosen_ids[-1])
 
@@ -175,8 +186,12 @@ def check_micro_batch(config: Config, train: PairStore) -> None:
         )
 
 
-def prepare_reference(state: Engine, fileroot: Path) -> None:
-    """Gives the engine its reference: values from the cache, computed where missing, or the resident model."""
+def prepare_reference(state: Engine, fileroot: Path) -> dict[str, str]:
+    """Gives the engine its reference: values from the cache, computed where missing, or the resident model.
+
+    Returns:
+        The fingerprint of the weights of `actor` and `ref`.
+    """
     config, world = state.config, state.world
     marks = [""] * 2
     if world.is_main:
@@ -184,10 +199,11 @@ def prepare_reference(state: Engine, fileroot: Path) -> None:
         marks = [model.fingerprint(builtin.ensure(p), known) for p in (config.actor.path, config.ref.path)]
     if world.size > 1:
         dist.broadcast_object_list(marks, 0)
+    weights = dict(zip(("actor", "ref"), marks, strict=True))
     state.policy_is_reference = marks[0] == marks[1] and config.actor.dtype == config.ref.dtype
     if config.ref.logps == "online":
         state.ref_model = _load_reference(state)
-        return
+        return weights
     folder = reference.cache_folder(fileroot, marks[1], config.ref.dtype, share=config.actor.share_prompt)
     stores = [s for s in (state.train, state.valid) if s is not None]
     keys = [reference.pair_keys(s) for s in stores]
@@ -213,6 +229,7 @@ def prepare_reference(state: Engine, fileroot: Path) -> None:
             )
     state.ref_train = held[0][0]
     state.ref_valid = held[1][0] if state.valid is not None else None
+    return weights
 
 
 def _load_reference(state: Engine) -> model.PairModel:

@@ -1,0 +1,324 @@
+"""Real runs on two gloo ranks, and everything that they leave in their folders."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dpo_kit import (
+    builtin,
+    cli,
+    engine,
+    launch,
+    metrics,
+    parallel,
+    prepare,
+    records,
+    runs,
+    supervisor,
+    worker,
+)
+from dpo_kit import config as config_module
+from dpo_kit.preferences import open_store
+from tests.helpers import random_pairs, store_of, tiny_config
+
+ROOT = Path(__file__).parents[1]
+DATA = Path(__file__).parent / "data"
+TRAIN_KEYS = [
+    *metrics.SEED_NAMES,
+    "dpo/chosen_logps",
+    "dpo/rejected_logps",
+    "lr",
+    "grad_norm",
+    "tokens_per_second",
+    "pairs_per_second",
+    "step_s",
+]
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """The run folder of `params/smoke.yaml` on two ranks, with exports on the way."""
+    fileroot = tmp_path_factory.mktemp("smoke")
+    overrides = [
+        f"cluster.fileroot={fileroot}",
+        "cluster.n_gpus_per_node=0",
+        "actor.backend=fsdp:d2",
+        "saver.freq_steps=2",
+        "saver.best=true",
+        "evaluator.freq_steps=2",
+    ]
+    config = config_module.load(ROOT / "params" / "smoke.yaml", overrides)
+    assert launch.run_in_foreground(config) == 0
+    (run_dir,) = records.list_runs(fileroot)
+    return run_dir
+
+
+# ---------------------------------------------------------------- the folder
+
+
+def test_the_config_is_resolved_and_reloads_equal(smoke):
+    text = (smoke / "config.yaml").read_text()
+    assert "${" not in text
+    config = config_module.load(smoke / "config.yaml")
+    assert config_module.to_yaml(config) == text
+    assert (config.actor.backend, config.cluster.n_gpus_per_node) == ("fsdp:d2", 0)
+    assert config.trial_name == smoke.name
+
+
+def test_the_manifest_tells_what_the_run_was_made_from(smoke):
+    made = json.loads((smoke / "manifest.json").read_text())
+    stores = json.loads((smoke / "data.json").read_text())
+    assert {"versions", "git", "hardware", "seeds", "data", "weights", "command"} <= set(made)
+    assert made["data"]["train"]["fingerprint"] == open_store(stores["train"]).fingerprint
+    assert made["data"]["valid"]["num_pairs"] == 16
+    assert made["weights"]["actor"] == made["weights"]["ref"]
+    assert len(made["weights"]["ref"]["fingerprint"]) == 64
+
+
+def test_the_status_is_done_with_every_phase(smoke):
+    status = records.read_status(smoke)
+    assert (status["state"], status["step"], status["total_steps"]) == ("done", 4, 4)
+    names = [phase["name"] for phase in status["phases"]]
+    assert sorted(names, key=records.PHASES.index) == list(records.PHASES)
+    assert status["samples"] == "made"
+
+
+def test_training_lines_are_one_a_step_with_the_names_of_the_seed(smoke):
+    lines = [m for m in records.read_metrics(smoke) if "dpo/loss" in m]
+    assert [m["step"] for m in lines] == [1, 2, 3, 4]
+    for line in lines:
+        assert set(TRAIN_KEYS) <= set(line)
+        assert not [key for key in line if key.startswith("dpo-eval/")]
+        margin = line["dpo/chosen_reward"] - line["dpo/rejected_reward"]
+        assert line["dpo/reward_margin"] == pytest.approx(margin, abs=1e-12)
+        assert line["pairs_per_second"] == pytest.approx(8 / line["step_s"])
+    assert lines[0]["dpo/loss"] == pytest.approx(math.log(2), abs=1e-12)
+    assert lines[0]["dpo/reward_accuracy"] is None
+    # The four steps take each of the 32 pairs once; a prompt counts for both of its responses.
+    store = open_store(json.loads((smoke / "data.json").read_text())["train"])
+    tokens = sum(m["tokens_per_second"] * m["step_s"] for m in lines)
+    assert tokens == pytest.approx(sum(sum(store.lengths(i)[1:]) for i in range(len(store))))
+
+
+def test_evaluation_lines_hold_nothing_else_and_begin_before_training(smoke):
+    lines = records.read_metrics(smoke)
+    evaluations = [m for m in lines if "dpo-eval/loss" in m]
+    assert [m["step"] for m in evaluations] == [0, 2, 4]
+    assert lines[0] is evaluations[0]
+    for line in evaluations:
+        assert all(key == "step" or key.startswith("dpo-eval/") for key in line)
+        assert line["dpo-eval/num_pairs"] == 16
+    assert evaluations[0]["dpo-eval/reward_accuracy"] is None
+    assert 0 <= evaluations[0]["dpo-eval/logp_accuracy"] <= 1
+    assert 0 <= evaluations[-1]["dpo-eval/reward_accuracy"] <= 1
+
+
+def test_evaluations_are_kept_pair_by_pair(smoke):
+    for line in records.read_metrics(smoke):
+        if "dpo-eval/loss" in line:
+            pairs = read_lines(smoke / "evaluations" / f"step-{line['step']}.jsonl")
+            assert [pair["index"] for pair in pairs] == list(range(16))
+            for name in ("loss", "chosen_reward", "rejected_reward"):
+                mean = np.mean([pair[name] for pair in pairs])
+                assert line[f"dpo-eval/{name}"] == pytest.approx(mean, abs=1e-12)
+
+
+def test_models_are_exported_on_the_way_and_at_the_end(smoke):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert sorted(path.name for path in (smoke / "exports").iterdir()) == ["best", "step-2"]
+    folders = [smoke / "model", smoke / "exports" / "best", smoke / "exports" / "step-2"]
+    tokenizer = AutoTokenizer.from_pretrained(folders[0])
+    ids = torch.tensor([tokenizer("\n\nHuman: Hello\n\nAssistant:").input_ids])
+    last, best, second, start = (
+        AutoModelForCausalLM.from_pretrained(path)(ids).logits
+        for path in (*folders, builtin.ensure("tiny-random"))
+    )
+    assert not torch.equal(last, second)
+    assert not torch.equal(second, start)
+    losses = {m["step"]: m["dpo-eval/loss"] for m in records.read_metrics(smoke) if m.get("dpo-eval/loss")}
+    assert torch.equal(best, last if losses[4] < losses[2] else second)
+    card = (smoke / "model" / "README.md").read_text()
+    assert "| `dpo/loss` | 0.6931 |" in card
+    assert "loss_type: sigmoid" in card
+
+
+def test_samples_hold_both_answers(smoke):
+    lines = read_lines(smoke / "samples.jsonl")
+    assert len(lines) == 2
+    for line in lines:
+        assert line["prompt"].startswith("\n\nHuman:")
+        assert line["prompt"].endswith("\n\nAssistant:")
+        assert {"index", "seed", "reference", "policy", "reference_tokens", "policy_tokens"} <= set(line)
+        assert max(line["reference_tokens"], line["policy_tokens"]) <= 16
+
+
+def test_tensorboard_reads_the_same_numbers(smoke):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(smoke / "tensorboard"))
+    events.Reload()
+    lines = {m["step"]: m for m in records.read_metrics(smoke) if "dpo/loss" in m}
+    read = {event.step: event.value for event in events.Scalars("dpo/loss")}
+    assert read == pytest.approx({step: line["dpo/loss"] for step, line in lines.items()}, abs=1e-6)
+    assert [event.step for event in events.Scalars("dpo-eval/reward_accuracy")] == [2, 4]
+
+
+def test_each_rank_has_its_log(smoke):
+    logs = sorted(path.name for path in (smoke / "logs").iterdir())
+    assert logs == ["prepare.log", "rank-0.log", "rank-1.log", "samples.log"]
+    first = (smoke / "logs" / "rank-0.log").read_text().splitlines()
+    assert first[0] == "reference: 0 of 48 pairs from the cache"
+    assert first[1].startswith("first step: loss 0.693147, expected 0.693147 while policy = reference")
+    assert (smoke / "logs" / "rank-1.log").read_text() == ""
+
+
+def test_a_folder_that_was_moved_is_the_same_run(smoke, tmp_path):
+    from dpo_kit import samples
+
+    shutil.copytree(smoke, tmp_path / "elsewhere" / "copy")
+    run = runs.open(tmp_path / "elsewhere" / "copy")
+    assert run.state == "done"
+    assert len(run.metrics()) == 7
+    (found,) = samples.ask(run.dir, ["Hello?"])
+    assert set(found) == {"prompt", "reference", "policy"}
+    assert str(smoke) not in run.epitaph()
+
+
+# ---------------------------------------------------------------- the seed's fragment
+
+
+def train_folder(run_dir):
+    """Trains a prepared run folder on the ranks at hand."""
+    worker.run(Path(run_dir), parallel.init_world(cuda=False), lambda: False)
+
+
+def test_the_fragment_printed_in_the_seed_trains_on_two_ranks(ranks, tmp_path):
+    rows = [
+        {"chosen": f"\n\nHuman: {i}?\n\nAssistant: yes", "rejected": f"\n\nHuman: {i}?\n\nAssistant: no"}
+        for i in range(20)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    overrides = [
+        "actor.path=tiny-random",
+        f"train_dataset.path={tmp_path / 'pairs.jsonl'}",
+        "train_dataset.num_rows=16",
+        "cluster.n_gpus_per_node=0",
+        f"cluster.fileroot={tmp_path / 'runs'}",
+        "actor.backend=fsdp:d2p1t1",
+        "total_train_steps=2",
+    ]
+    config = launch.resolve_world(config_module.load(DATA / "seed_fragment.yaml", overrides))
+    text = config_module.to_yaml(config)
+    run_dir = records.create(tmp_path / "runs", "dpo", "fragment", config_text=text, manifest={})
+    prepare.prepare(run_dir)
+    ranks.run(train_folder, str(run_dir))
+    lines = records.read_metrics(run_dir)
+    assert [m["step"] for m in lines] == [1, 2]
+    assert set(TRAIN_KEYS) <= set(lines[0])
+    assert lines[0]["dpo/loss"] == pytest.approx(math.log(2), abs=1e-3)
+    assert lines[1]["dpo/loss"] < lines[0]["dpo/loss"]
+    assert (run_dir / "model" / "config.json").exists()
+
+
+# ---------------------------------------------------------------- ends before the end
+
+
+def make_run(tmp_path, *overrides):
+    """A prepared run folder over random pairs, held-out ones included."""
+    config = tiny_config(tmp_path / "runs", "evaluator.num_samples=0", *overrides)
+    text = config_module.to_yaml(config)
+    run_dir = records.create(tmp_path / "runs", "dpo", "one", config_text=text, manifest={})
+    for split, num_pairs in (("train", 40), ("valid", 8)):
+        store_of(random_pairs(num_pairs), tmp_path / split)
+    data = {split: str(tmp_path / split) for split in ("train", "valid")}
+    (run_dir / "data.json").write_text(json.dumps(data))
+    return run_dir
+
+
+def supervise(run_dir, monkeypatch, tmp_path):
+    """Real ranks after a `prepare` that leaves the folder as it is."""
+    (tmp_path / "play.json").write_text(json.dumps({"prepare": []}))
+    monkeypatch.setenv("FAKE_PLAY", str(tmp_path / "play.json"))
+    return supervisor.supervise(run_dir, foreground=True, prepare_module="tests.fake_prepare")
+
+
+def test_a_stop_in_mid_training_saves(tmp_path, monkeypatch, capsys):
+    run_dir = make_run(tmp_path, "actor.backend=fsdp:d2", "total_train_epochs=9999", "total_train_steps=null")
+    done = []
+
+    def stop_it():
+        while len(records.read_metrics(run_dir)) < 5:
+            time.sleep(0.05)
+        done.append(cli.main(["runs", "stop", str(run_dir)]))
+
+    thread = threading.Thread(target=stop_it)
+    thread.start()
+    assert supervise(run_dir, monkeypatch, tmp_path) == 3
+    thread.join()
+    assert done == [0]
+    status = records.read_status(run_dir)
+    assert (status["state"], status["total_steps"]) == ("stopped", 5 * 9999)
+    (export,) = (run_dir / "exports").iterdir()
+    assert export.name == f"step-{records.read_metrics(run_dir)[-1]['step']}" == f"step-{status['step']}"
+    assert "dpo/one: stopped" in capsys.readouterr().out
+
+
+def test_a_failing_rank_fails_the_run_with_its_cause_in_one_line(tmp_path, monkeypatch):
+    run_dir = make_run(tmp_path)
+    pairs = random_pairs(8)
+    pairs[3].chosen_ids[-1] = 100_000  # no such token
+    shutil.rmtree(tmp_path / "train")
+    store_of(pairs, tmp_path / "train")
+    assert supervise(run_dir, monkeypatch, tmp_path) == 1
+    status = records.read_status(run_dir)
+    assert status["state"] == "failed"
+    assert status["message"].startswith("rank 0: IndexError: ")
+    assert status["message"].endswith("(logs/rank-0.log)")
+    assert "\n" not in status["message"]
+    assert "Traceback" in (run_dir / "logs" / "rank-0.log").read_text()
+
+
+def test_a_stop_during_an_evaluation_saves_too(ranks, tmp_path):
+    run_dir = make_run(tmp_path, "evaluator.freq_steps=2", "actor.backend=fsdp:d2")
+    assert ranks.run(stop_at_evaluation, str(run_dir)) == ["stopped", "stopped"]
+    assert [path.name for path in (run_dir / "exports").iterdir()] == ["step-2"]
+    assert [path.name for path in (run_dir / "evaluations").iterdir()] == ["step-0.jsonl"]
+
+
+def stop_at_evaluation(run_dir):
+    """Asks to stop between the record of step 2 and its evaluation."""
+    path = Path(run_dir)
+
+    def should_stop():
+        return sum("dpo/loss" in m for m in records.read_metrics(path)) >= 2
+
+    try:
+        worker.run(path, parallel.init_world(cuda=False), should_stop)
+    except engine.Stopped:
+        return "stopped"
+    return "done"
+
+
+def test_a_pair_over_the_micro_batch_is_refused_by_name(tmp_path):
+    config = tiny_config(tmp_path, "actor.mb_spec.max_tokens_per_mb=40")
+    store = store_of(random_pairs(8), tmp_path / "pairs")
+    longest = max(engine.pair_cost(store.lengths(i), True) for i in range(8))
+    with pytest.raises(
+        worker.UserError, match=rf"max_tokens_per_mb = 40 is less than the longest pair \({longest}"
+    ):
+        worker.check_micro_batch(config, store)
