@@ -20,8 +20,9 @@ help:
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) .ci/preflight.py
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --disable-pip-version-check $(PIP_INDEX) -c constraints.txt -e ".[$(EXTRAS)]"
+	@echo "setup: installing the packages into $(VENV), 1 to 4 minutes"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install -q --disable-pip-version-check $(PIP_INDEX) -c constraints.txt -e ".[$(EXTRAS)]"
 	@touch $@
 
 setup: $(VENV)/.ready
