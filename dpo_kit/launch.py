@@ -16,6 +16,7 @@ import contextlib
 import copy
 import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from typing import Any
 from dpo_kit import config as config_module
 from dpo_kit import devices, manifest, preflight, records, runs
 from dpo_kit.config import Config
-from dpo_kit.errors import ConfigError, UserError
+from dpo_kit.errors import ConfigError, RunError, UserError
 from dpo_kit.files import to_json
 from dpo_kit.owners import is_headless
 from dpo_kit.processes import physical_cores
@@ -43,6 +44,7 @@ __all__ = [
 ]
 
 Say = Callable[[str], None]
+_STARTED_S = 20.0
 
 
 def start(config: Config, new: bool = False, *, owner: str | None = None, detached: bool = False) -> Run:
@@ -56,10 +58,12 @@ def start(config: Config, new: bool = False, *, owner: str | None = None, detach
         config: a loaded configuration.
         new: start another run even while one like it lives.
         owner: `interactive` or `headless`; None finds out (`is_headless`).
-        detached: the run belongs to nobody, whoever starts it (`dpo-kit train --detach`).
+        detached: the run belongs to nobody, whoever starts it (`dpo-kit train --detach`); returns when the
+            supervisor has taken over, a second later.
 
     Raises:
         UserError: what cannot run here, or a trial that exists. Nothing is left on disk.
+        RunError: detached, and the supervisor did not start.
     """
     kind = "detached" if detached else owner or ("headless" if is_headless() else "interactive")
     assert kind in ("detached", "headless", "interactive"), kind
@@ -70,7 +74,18 @@ def start(config: Config, new: bool = False, *, owner: str | None = None, detach
     if not is_done:
         runs.start_supervisor(run, kind)
         _say(f"run: {run.dir}")
+    if detached:
+        _until_started(run)
     return run
+
+
+def _until_started(run: Run) -> None:
+    """Whoever starts a detached run goes away: a supervisor that cannot start is told before that."""
+    deadline = time.monotonic() + _STARTED_S
+    while run.state == "queued" and time.monotonic() < deadline:
+        time.sleep(0.05)
+    if run.state == "failed":
+        raise RunError(run.epitaph(), run_dir=run.dir, state="failed")
 
 
 def run_in_foreground(config: Config) -> int:

@@ -342,9 +342,17 @@ def test_an_interrupted_cell_leaves_an_interactive_run_alone(script):
 
 
 def test_a_detached_run_belongs_to_nobody(fakes):
+    fakes.play([["sleep", 1.0]])
     run = launch.start(fakes.config(), detached=True)
+    assert run.state == "running"
     run.wait()
     assert (run.status["owner"]["kind"], run.status["owner"]["pid"]) == ("detached", None)
+
+
+def test_a_detached_run_that_does_not_start_is_told(fakes, monkeypatch):
+    monkeypatch.setattr(launch.config_module, "to_yaml", lambda config: "actor: 1")
+    with pytest.raises(RunError, match=r"its supervisor ended with status 2: .*actor"):
+        launch.start(fakes.config("trial_name=one"), detached=True)
 
 
 def test_a_failing_rank_raises_with_cause_logs_and_the_way_on(fakes):
