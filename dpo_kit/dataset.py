@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from dpo_kit import builtin, tokens
 from dpo_kit.data_report import format_report, shared_prompts
 from dpo_kit.errors import DataError, UserError
+from dpo_kit.hub import cache_only_when_unreachable
 from dpo_kit.pairing import IDENTICAL, TOO_LONG, Progress, Selection, collect
 from dpo_kit.preferences import PairStore, open_store, write_store
 from dpo_kit.readers import show_text
@@ -128,8 +129,10 @@ def _plan(config: Config, split: str) -> _Plan:
 def _load_tokenizer(named: str) -> tuple[str, Any]:
     """The tokenizer and where it lies."""
     folder = builtin.ensure(named)
+    is_local = Path(folder).expanduser().exists()
     try:
-        return folder, builtin.load_tokenizer(folder)
+        with contextlib.nullcontext() if is_local else cache_only_when_unreachable():
+            return folder, builtin.load_tokenizer(folder)
     except UserError:
         raise
     except Exception as error:  # transformers and the hub's client raise many kinds

@@ -149,8 +149,7 @@ def collect(
     known = [number for number in (source.total, selection.num_rows) if number is not None]
     total = min(known) if known else None
     for batch in _batches(_usable(reading, selection, tally)):
-        if not tally.num_bad:
-            _add_batch(reading.encoder, selection.max_length, batch, tally, chunks)
+        _add_batch(reading.encoder, selection.max_length, batch, tally, chunks)
         progress(tally.rows, total)
     if tally.num_bad:
         raise _bad_rows(source.label, tally)

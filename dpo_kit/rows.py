@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_kit.errors import DataError
+from dpo_kit.hub import cache_only_when_unreachable
 from dpo_kit.readers import (
     BATCH_ROWS,
     KNOWN,
@@ -211,7 +212,8 @@ def _open_hub(path: str, name: str | None, split: str, section: str) -> Source:
         ) from None
     label = f"{path} [{split}]" if not name else f"{path} ({name}) [{split}]"
     try:
-        data = _load_hub(datasets, path, name, split)
+        with cache_only_when_unreachable():
+            data = _load_hub(datasets, path, name, split)
     except Exception as error:  # the hub's client raises dozens of kinds, many of them bare
         cause = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
         raise DataError(

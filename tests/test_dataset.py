@@ -157,6 +157,30 @@ def test_a_given_prompt_counts_although_more_messages_are_equal(tmp_path, config
     )
 
 
+def test_one_conversation_goes_on_where_the_other_ends(tmp_path, configure):
+    row = {"chosen": chat("Hello", "yes", "u", "x"), "rejected": chat("Hello", "yes")}
+    store = dataset.build(configure(write_rows(tmp_path / "a.jsonl", [row])))
+    assert decoded(store, toy_tokenizer())["prompt"].endswith("Hello<|im_end|>\n<|im_start|>assistant\n")
+    assert decoded(store, toy_tokenizer())["shared"].endswith("yes<|im_end|>")
+
+
+def test_a_generation_prompt_that_says_more_than_the_answer_begins_with(tmp_path, configure):
+    """As templates that open a thinking block: what the chosen text really begins with is the prompt."""
+    template = CHATML.replace("assistant\n", "assistant\n<think>\n")
+    tokenizer = save_tokenizer(tmp_path / "t", template=template)
+    row = {"chosen": chat("Hello", "yes"), "rejected": chat("Hello", "no")}
+    store = dataset.build(configure(write_rows(tmp_path / "a.jsonl", [row]), tokenizer=tokenizer))
+    assert decoded(store, toy_tokenizer())["context"].endswith("<|im_start|>assistant\n")
+
+
+def test_a_token_across_the_end_of_the_mark_belongs_to_the_context(tmp_path, configure):
+    """`:` and the line breaks after it are one token here, as in Llama 3 and Qwen."""
+    tokenizer = save_tokenizer(tmp_path / "t", plain_tokens=(":\n\n",))
+    row = {"chosen": f"{HELLO}\n\nThe yes", "rejected": f"{HELLO}\n\nThe no"}
+    store = dataset.build(configure(write_rows(tmp_path / "a.jsonl", [row]), tokenizer=tokenizer))
+    assert decoded(store, toy_tokenizer(plain_tokens=(":\n\n",)))["context"] == f"{HELLO}\n\n"
+
+
 def test_prompt_as_text_beside_whole_conversations(tmp_path, configure):
     """As UltraFeedback has it: the prompt column says again what the first message says."""
     row = {"prompt": "Hello", "chosen": chat("Hello", "yes"), "rejected": chat("Hello", "no")}
@@ -215,23 +239,24 @@ def test_policies_by_hand(tmp_path, configure):
         raw("c", "yes", "yes, the answer is yes"),  # one begins with the whole other
         {"chosen": "yes", "rejected": "no"},  # no shared token
         raw("a", "yes", "no"),  # row 1 again
+        raw("a", "yes", "no"),
         raw("a", "no", "yes"),  # row 1 the other way round
     ]
     with pytest.warns(
         UserWarning,
-        match=r"2 of 7 rows \(28\.6 %\) of .*a\.jsonl were dropped \(1 identical, 1 over max_length = 100 tokens\)",
+        match=r"2 of 8 rows \(25\.0 %\) of .*a\.jsonl were dropped \(1 identical, 1 over max_length = 100 tokens\)",
     ):
         store = dataset.build(configure(write_rows(tmp_path / "a.jsonl", rows), max_length=100))
-    assert store.index.tolist() == [1, 3, 4, 5, 6]
+    assert store.index.tolist() == [1, 3, 4, 5, 6, 7]
     report = store.report
-    assert (report["rows"], report["kept"]) == (7, 5)
+    assert (report["rows"], report["kept"]) == (8, 6)
     assert report["dropped"] == {"identical": 1, "over max_length": 1}
     notes = {what: count for what, count in report["notes"].items() if count}
     assert notes == {
         "kept with an empty response": 1,
         "kept where one response begins with the whole other": 1,
         "kept without a shared token": 1,
-        "kept that repeat an earlier pair": 1,
+        "kept that repeat an earlier pair": 2,
         "kept that contradict an earlier pair (chosen and rejected swapped)": 1,
     }
 
@@ -342,6 +367,18 @@ def test_from_train_splits_by_prompt(tmp_path, configure, kind):
     few = configure(tmp_path / "a.jsonl", valid={"from_train": 0.2, "num_rows": 5})
     assert dataset.build(few, "valid").index.tolist() == valid.index.tolist()[:5]
     assert dataset.build(few, "train").index.tolist() == train.index.tolist()
+
+
+def test_raw_text_without_the_mark_is_split_by_its_common_lines(tmp_path, configure):
+    """The answers begin with the same letter, so the common text itself tells the two rows apart."""
+    rows = [
+        {"chosen": f"Q {i // 2}?\n{a} 1", "rejected": f"Q {i // 2}?\n{a} 2"} for i in range(100) for a in "xy"
+    ]
+    config = configure(write_rows(tmp_path / "a.jsonl", rows), valid={"from_train": 0.3})
+    train, valid = dataset.build(config), dataset.build(config, "valid")
+    assert len(valid) > 4
+    assert dataset.shared_prompts(train, valid) == 0
+    assert {i // 4 for i in train.index}.isdisjoint({i // 4 for i in valid.index})
 
 
 def test_from_train_drops_count_for_their_own_split(tmp_path, configure):
