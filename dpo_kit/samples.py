@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -240,12 +241,27 @@ def prompt_ids(tokenizer: Any, layout: str, text: str) -> list[int]:
         messages = tokens.protect(encoder, [{"role": "user", "content": text}])
         text = tokens.adopt(encoder, tokens.render(tokenizer, messages, True))
         text += tokens.make_chat(encoder, "of the run").header
-    elif layout == RAW and "\n\nHuman:" not in text:
+        # A template that ends in a space: the model has seen it as part of an answer's first token only.
+        encoding = tokens.encode(encoder, [text + "the"])[0]
+        ids = encoding.ids[: tokens.tokens_within(encoding, len(text))]
+        return [int(i) for i in tokens.finish(encoder, ids, plain=False, add_eos=False)[0]]
+    if layout == RAW and "\n\nHuman:" not in text:
         text = f"\n\nHuman: {text}{ASSISTANT_MARK}"
     ids = tokens.encode(encoder, [text])[0].ids
-    return [int(i) for i in tokens.finish(encoder, ids, plain=not is_chat, add_eos=False)[0]]
+    return [int(i) for i in tokens.finish(encoder, ids, plain=True, add_eos=False)[0]]
+
+
+def main(run_dir: Path) -> int:
+    """Makes the samples of a run; its exit status. The cause of a failure stands in `logs/samples.error.json`."""
+    try:
+        write_samples(run_dir)
+    except Exception as error:
+        records.write_rank_error(run_dir, "samples", error)
+        traceback.print_exc()
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
     processes.die_with_parent()
-    write_samples(Path(sys.argv[1]))
+    sys.exit(main(Path(sys.argv[1])))
