@@ -179,6 +179,9 @@ def write_store(
         arrays: every name of `ARRAYS` but `prompt_key`, which defaults to zeros; cast to the store's types.
         meta: JSON values; `tokenizer` ({"path", ...}) and `report` are expected by readers. `format`,
             `fingerprint` and `arrays` are added.
+
+    Raises:
+        DataError: the folder cannot be written; nothing is left.
     """
     folder = Path(folder)
     num_pairs = len(arrays["shared"])
@@ -186,16 +189,29 @@ def write_store(
     cast = {name: np.ascontiguousarray(filled[name], dtype) for name, dtype in ARRAYS.items()}
     problem = _structure_problem(cast)
     assert problem is None, problem
+    try:
+        _write_whole(folder, cast, meta)
+    except OSError as error:
+        size_mib = sum(array.nbytes for array in cast.values()) / 2**20
+        raise DataError(
+            f"pair store {folder} cannot be written ({error.strerror or error}); it needs {size_mib:.1f} MiB there: "
+            "free some disk, or set cluster.fileroot to a folder that can be written"
+        ) from error
+    return open_store(folder)
+
+
+def _write_whole(folder: Path, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:
+    """Everything into a temporary folder beside `folder`, flushed, then into place."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale(folder)
     temporary = Path(tempfile.mkdtemp(prefix=f".tmp-{folder.name}-", dir=folder.parent))
     try:
-        temporary.chmod(0o755)
-        described = {name: _write_array(temporary, name, array) for name, array in cast.items()}
+        temporary.chmod(0o755)  # mkdtemp makes it private; a file root may be shared between accounts
+        described = {name: _write_array(temporary, name, array) for name, array in arrays.items()}
         whole = {
             **meta,
             "format": FORMAT,
-            "num_pairs": num_pairs,
+            "num_pairs": len(arrays["shared"]),
             "fingerprint": _fingerprint(described),
             "arrays": described,
         }
@@ -204,7 +220,6 @@ def write_store(
         _put_in_place(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return open_store(folder)
 
 
 def _put_in_place(temporary: Path, folder: Path) -> None:

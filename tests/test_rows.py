@@ -474,7 +474,10 @@ class FakeHub:
         self.data, self.configurations, self.calls = data, configurations, []
 
     def load_dataset(self, path, name=None, data_dir=None, split=None):
+        from huggingface_hub import constants
+
         self.calls.append((path, name, data_dir, split))
+        self.offline = constants.HF_HUB_OFFLINE
         if isinstance(self.data, Exception):
             raise self.data
         if name and name not in self.configurations:
@@ -495,6 +498,17 @@ def hub(monkeypatch):
         return hub
 
     return fake
+
+
+def test_hub_that_cannot_be_reached_is_asked_in_its_cache_only(build, hub, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    for answers in (True, False):
+        fake = hub([PAIR, OTHER])
+        monkeypatch.setattr(hub_module, "reachable", lambda endpoint, answers=answers: answers)
+        build("user/data")
+        assert fake.offline is not answers
 
 
 def test_hub_dataset(tmp_path, build, hub):
