@@ -26,6 +26,7 @@ import numpy as np
 from dpo_kit.analysis import Share, ranked
 
 NUM_THRESHOLDS = 64
+NUM_FOLDS = 10
 FIRST_TOKEN = "first token: share of wins in training"
 
 
@@ -82,14 +83,14 @@ def best_by_family(train: Pairs, held_out: Pairs) -> list[Rule]:
     if not train or not held_out:
         raise ValueError(f"a rule needs pairs to fit and to read; got {len(train)} and {len(held_out)}")
     columns = _columns(train)
-    columns[FIRST_TOKEN] = ("first token", _first_token_shares(train, train, leave_out=True))
+    columns[FIRST_TOKEN] = ("first token", _own_first_token_shares(train))
     best: dict[str, tuple[float, str, bool, float | None]] = {}
     for name, (family, values) in columns.items():
-        correct, higher, threshold = _fit(values)
+        correct, higher, threshold = _fit(values, only_higher=name == FIRST_TOKEN)
         if family not in best or correct > best[family][0]:
             best[family] = (correct, name, higher, threshold)
     told = _columns(held_out)
-    told[FIRST_TOKEN] = ("first token", _first_token_shares(train, held_out, leave_out=False))
+    told[FIRST_TOKEN] = ("first token", _first_token_shares(train, held_out))
     return [
         Rule(
             name,
@@ -156,26 +157,31 @@ def _columns(pairs: Pairs) -> dict[str, tuple[str, np.ndarray]]:
     }
 
 
-def _first_token_shares(train: Pairs, pairs: Pairs, *, leave_out: bool) -> np.ndarray:
-    """(num_pairs, 2): how often an answer with this first token won in training, smoothed towards one half.
-
-    On the training pairs themselves the pair's own outcome is left out, else a token seen once would know
-    its own answer.
-    """
+def _first_token_shares(train: Pairs, pairs: Pairs) -> np.ndarray:
+    """(num_pairs, 2): how often an answer with this first token won in training, smoothed towards one half."""
     wins = Counter(chosen.first_token for chosen, _ in train)
     seen = wins + Counter(rejected.first_token for _, rejected in train)
-    out = np.empty((len(pairs), 2))
-    for row, pair in enumerate(pairs):
-        same = pair[0].first_token == pair[1].first_token
-        for side, answer in enumerate(pair):
-            own_wins = int(leave_out and (side == 0 or same))
-            own_seen = int(leave_out) * (2 if same else 1)
-            token = answer.first_token
-            out[row, side] = (wins[token] - own_wins + 1) / (seen[token] - own_seen + 2)
+
+    def share(answer: Answer) -> float:
+        return (wins[answer.first_token] + 1) / (seen[answer.first_token] + 2)
+
+    return np.asarray([[share(chosen), share(rejected)] for chosen, rejected in pairs])
+
+
+def _own_first_token_shares(train: Pairs) -> np.ndarray:
+    """The same for the training pairs, each from the other folds: a pair must not know its own outcome.
+
+    Folds, and not one pair left out at a time: without its own win the winner's token has always won less
+    often than without its own loss, so that leaving one out makes the token of the loser look better.
+    """
+    out = np.empty((len(train), 2))
+    for fold in range(NUM_FOLDS):
+        others = [pair for i, pair in enumerate(train) if i % NUM_FOLDS != fold]
+        out[fold::NUM_FOLDS] = _first_token_shares(others, train[fold::NUM_FOLDS]).reshape(-1, 2)
     return out
 
 
-def _fit(values: np.ndarray) -> tuple[float, bool, float | None]:
+def _fit(values: np.ndarray, only_higher: bool = False) -> tuple[float, bool, float | None]:
     """(correct pairs, higher wins?, threshold) of the best rule on one feature, ties counted half."""
     unique = np.unique(values)
     if len(unique) > NUM_THRESHOLDS:
@@ -183,7 +189,7 @@ def _fit(values: np.ndarray) -> tuple[float, bool, float | None]:
     best = (-1.0, True, None)
     for threshold in (None, *((unique[1:] + unique[:-1]) / 2).tolist()):
         correct = _apply(values, True, threshold).correct
-        for higher, count in ((True, correct), (False, len(values) - correct)):
+        for higher, count in ((True, correct), (False, 0.0 if only_higher else len(values) - correct)):
             if count > best[0]:
                 best = (count, higher, threshold)
     return best

@@ -87,6 +87,16 @@ def test_first_token_seen_once_does_not_know_its_own_answer():
     assert rule.train.correct == 25
 
 
+def test_a_token_that_wins_as_often_as_it_loses_is_no_rule():
+    # each of four tokens wins 30 and loses 30 times, so nothing is to be learned from it in either direction
+    tokens = [(a, b) for a in range(4) for b in range(4) if a != b] * 10
+    random.Random(0).shuffle(tokens)
+    pairs = [(answer("a", a), answer("a", b)) for a, b in tokens]
+    rule = next(r for r in best_by_family(pairs, pairs[:5]) if r.family == "first token")
+    assert rule.higher
+    assert rule.train.value < 0.6
+
+
 def test_features_by_hand():
     f = {k: v for k, (_, v) in features(answer("One, two.\n- three three\n2. **four**!")).items()}
     assert f["words"] == 6
