@@ -78,6 +78,8 @@ def test_chance_stays_chance_on_held_out_pairs():
 
     rule = best_threshold(pairs_with(make, 200), pairs_with(make, 400, seed=1))
     assert 0.4 < rule.held_out.value < 0.6
+    rules = best_by_family(pairs_with(make, 200), pairs_with(make, 400, seed=1))
+    assert all(0.4 < rule.held_out.value < 0.6 for rule in rules if rule.held_out.defined)
 
 
 def test_first_token_seen_once_does_not_know_its_own_answer():
