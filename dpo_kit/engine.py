@@ -24,6 +24,7 @@ from dpo_kit import metrics as names
 from dpo_kit.config import Config
 from dpo_kit.errors import UserError
 from dpo_kit.losses import implicit_rewards, loss_at_reference, preference_loss
+from dpo_kit.measures import gaps_of, pair_records, sums_of
 from dpo_kit.model import PairModel
 from dpo_kit.packing import MicroBatch, pack, pair_cost, plan_step, response_sums
 from dpo_kit.parallel import DTYPES, World, grad_norm, masters
@@ -61,9 +62,14 @@ class Engine:
 
     @property
     def max_tokens(self) -> int:
-        """Tokens of a training micro-batch."""
-        tokens = self.config.actor.mb_spec.max_tokens_per_mb
-        return AUTO_MAX_TOKENS if tokens == "auto" else int(tokens)
+        """Tokens of a training micro-batch; a resident reference runs it too, so its bound holds as well."""
+        own = _bound(self.config.actor)
+        return min(own, _bound(self.config.ref)) if self.config.ref.logps == "online" else own
+
+
+def _bound(section: Any) -> int:
+    tokens = section.mb_spec.max_tokens_per_mb
+    return AUTO_MAX_TOKENS if tokens == "auto" else int(tokens)
 
 
 # --- one micro-batch ----------------------------------------------------------------------
@@ -118,40 +124,21 @@ def pair_terms(
     }
 
 
-def sums_of(batch: MicroBatch, policy: tuple[Tensor, Tensor], terms: dict[str, Tensor]) -> Tensor:
-    """What a micro-batch adds to the step's metrics, in the order of `metrics.SUMS`. Shape: (12,), float64"""
-    weights = batch.weights
-    margin = terms["chosen_reward"] - terms["rejected_reward"]
-    columns = [
-        torch.ones_like(weights),
-        terms["loss"].detach(),
-        terms["chosen_reward"],
-        terms["rejected_reward"],
-        (margin > 0).double(),
-        (margin == 0).double(),
-        policy[0].detach(),
-        policy[1].detach(),
-        (policy[0] > policy[1]).double(),
-    ]
-    sums = [(weights * column).sum() for column in columns]
-    tokens = [float(batch.data_tokens), float(batch.input_ids.shape[1]), 0.0]
-    rest = torch.tensor(tokens, dtype=torch.float64, device=weights.device) * (weights.sum() > 0)
-    return torch.cat([torch.stack(sums), rest])
-
-
 # --- a step, an evaluation, a pass of the reference --------------------------------------------------------------
 
 
 def train_step(
     engine: Engine, optimizer: torch.optim.Optimizer, rows: Rows, lr: float
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """One optimizer step on the given rows.
 
     Returns:
-        Sums over this rank's pairs (12,) and the global gradient norm before clipping, a scalar. When it is
-        not finite, no weight and no optimizer state has changed, on any rank.
+        Sums over this rank's pairs (12,); the global gradient norm before clipping, a scalar; and this rank's
+        gaps (see `gaps_of`, (3,)). When the norm is not finite, no weight and no optimizer state has changed,
+        on any rank.
     """
     optimizer.zero_grad(set_to_none=True)
+    gaps = torch.zeros(3, dtype=torch.float64, device=engine.world.device)
     sums = torch.zeros(len(names.SUMS), dtype=torch.float64, device=engine.world.device)
     for batch in micro_batches(engine, engine.train, rows, engine.max_tokens):
         ref = reference_logps(engine, batch, engine.ref_train)
@@ -159,6 +146,7 @@ def train_step(
         terms = pair_terms(engine, batch, policy, ref)
         ((terms["loss"] * batch.weights).sum() / len(rows)).backward()
         sums += sums_of(batch, policy, terms)
+        gaps = gaps_of(batch, policy, ref, gaps)
     params = [p for g in optimizer.param_groups for p in g["params"]]
     norm = grad_norm(params)
     clip = engine.config.actor.optimizer.gradient_clipping
@@ -168,7 +156,7 @@ def train_step(
         group["lr"] = lr
     optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
     optimizer.step()
-    return sums, norm
+    return sums, norm, gaps
 
 
 @torch.no_grad()
@@ -192,7 +180,7 @@ def reference_pass(
     """
     values = torch.zeros(len(rows), 2, dtype=torch.float64, device=engine.world.device)
     position = {int(r): i for i, r in enumerate(rows)}
-    for here, batch in _chunked(engine, store, rows):
+    for here, batch in _chunked(engine, store, rows, _bound(engine.config.ref)):
         engine.progress("reference pass", done + here, total or len(rows))
         logps = torch.stack(response_logps(model, batch), 1) * batch.weights[:, None]
         values.index_add_(0, torch.tensor([position[r] for r in batch.rows], device=values.device), logps)
@@ -217,7 +205,7 @@ def evaluate(
     engine.policy.eval()
     sums = torch.zeros(len(names.SUMS), dtype=torch.float64, device=engine.world.device)
     table = torch.zeros(len(store), 5, dtype=torch.float64, device=engine.world.device)
-    for done, batch in _chunked(engine, store, range(len(store))):
+    for done, batch in _chunked(engine, store, range(len(store)), engine.max_tokens):
         ref = reference_logps(engine, batch, values)
         policy = ref if at_reference else response_logps(engine.policy, batch)
         terms = pair_terms(engine, batch, policy, ref)
@@ -229,40 +217,13 @@ def evaluate(
     engine.policy.train()
     found = names.means(both[: len(sums)].tolist(), "dpo-eval")
     found["dpo-eval/num_pairs"] = len(store)
-    return found, pair_records(engine.config, store, both[len(sums) :].view(-1, 5).numpy())
+    table = both[len(sums) :].view(-1, 5)
+    return found, pair_records(store, table.numpy(), beta=engine.config.actor.beta)
 
 
-def pair_records(config: Config, store: PairStore, table: np.ndarray) -> list[dict[str, Any]]:
-    """One `dpo-kit score` line a pair.
-
-    Args:
-        table: policy chosen, policy rejected, ref chosen, ref rejected log-probs, loss. Shape: (P, 5)
-    """
-    records = []
-    for i, (pc, pr, rc, rr, loss) in enumerate(table.tolist()):
-        pair = store.pair(i)
-        start = max(int(pair.prompt), 1)
-        records.append(
-            {
-                "index": int(pair.index),
-                "prompt_tokens": int(pair.prompt),
-                "chosen_tokens": len(pair.chosen_ids) - start,
-                "rejected_tokens": len(pair.rejected_ids) - start,
-                "policy_chosen_logps": pc,
-                "policy_rejected_logps": pr,
-                "ref_chosen_logps": rc,
-                "ref_rejected_logps": rr,
-                "chosen_reward": config.actor.beta * (pc - rc),
-                "rejected_reward": config.actor.beta * (pr - rr),
-                "loss": loss,
-            }
-        )
-    return records
-
-
-def _chunked(engine: Engine, store: PairStore, rows: Rows) -> Iterator[tuple[int, MicroBatch]]:
+def _chunked(engine: Engine, store: PairStore, rows: Rows, bound: int) -> Iterator[tuple[int, MicroBatch]]:
     """Forward-only micro-batches over many rows, with the number of rows done; stops between groups when asked."""
-    max_tokens = engine.max_tokens * FORWARD_FACTOR[engine.world.device.type]
+    max_tokens = bound * FORWARD_FACTOR[engine.world.device.type]
     by_length = sorted(rows, key=lambda r: -sum(store.lengths(int(r))))
     group: list[int] = []
     tokens = done = 0
@@ -325,14 +286,14 @@ def train(engine: Engine, hooks: Hooks) -> int:
         rows = step_rows(config, num_pairs, step)
         start = time.perf_counter()
         lr = learning_rate(step, total, config.actor.optimizer)
-        sums, norm = train_step(engine, optimizer, rows, lr)
+        sums, norm, gaps = train_step(engine, optimizer, rows, lr)
         sums[-1] = float(engine.should_stop())
         values = world.sum(sums).tolist()
         seconds = time.perf_counter() - start
         record = {"step": step, **names.means(values, "dpo"), "lr": lr, "grad_norm": float(norm)}
         check_finite(record)
         if step == 1:
-            check_first_step(engine, record)
+            check_first_step(engine, record, gaps)
         tokens = values[names.SUMS.index("data_tokens")]
         hooks.stepped(
             record
@@ -379,33 +340,34 @@ def check_finite(record: dict[str, Any]) -> None:
         )
 
 
-def check_first_step(engine: Engine, record: dict[str, Any]) -> None:
+def check_first_step(engine: Engine, record: dict[str, Any], gaps: Tensor) -> None:
     """Before any update policy = reference, so the first loss is known; checks and prints it.
+
+    Args:
+        gaps: of this rank, from `train_step`.
 
     Raises:
         UserError: the figure is off and `ref.first_step_check` is `error`.
     """
-    config = engine.config
-    if (
-        not engine.policy_is_reference
-        or not config.actor.disable_dropout
-        or config.ref.first_step_check == "off"
-    ):
+    config, world = engine.config, engine.world
+    check = config.ref.first_step_check
+    if not engine.policy_is_reference or not config.actor.disable_dropout or check == "off":
         return
-    expected = loss_at_reference(config.actor.loss_type, config.actor.beta)
-    shift = abs(record["dpo/chosen_reward"]) + abs(record["dpo/rejected_reward"])
-    nats = shift / config.actor.beta
-    allowed = FIRST_STEP_NATS
+    largest, (_, total, tokens) = gaps[:1].clone(), world.sum(gaps).tolist()
+    if world.size > 1:
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
     if DTYPES[config.actor.dtype] == torch.bfloat16:
-        lengths = [sum(engine.train.lengths(r)[1:]) for r in range(min(len(engine.train), 512))]
-        allowed = FIRST_STEP_NATS_PER_TOKEN_BF16 * sum(lengths) / len(lengths)
+        figure, allowed, unit = total / max(tokens, 1), FIRST_STEP_NATS_PER_TOKEN_BF16, "nats a token, mean"
+    else:
+        figure, allowed, unit = float(largest), FIRST_STEP_NATS, "nats a response, largest"
+    expected = loss_at_reference(config.actor.loss_type, config.actor.beta)
     text = (
         f"first step: loss {record['dpo/loss']:.6f}, expected {expected:.6f} while policy = reference; "
-        f"mean difference of log-probs {nats:.2g} nats a response (allowed {allowed:.2g})"
+        f"log-probs differ by {figure:.2g} {unit} (allowed {allowed:g})"
     )
-    if engine.world.is_main:
+    if world.is_main:
         print(text, flush=True)
-    if nats > allowed and config.ref.first_step_check == "error":
+    if not figure <= allowed and check == "error":
         raise UserError(
             f"{text}: policy and reference do not compute the same; set ref.first_step_check=warn to go on"
         )

@@ -112,7 +112,7 @@ def test_numbers_that_are_not_finite_change_no_weight(tmp_path):
         optimizer = engine.make_optimizer(state)
         before = [p.full_tensor().clone() for p in state.policy.parameters()]
         state.ref_train[3, 0] = np.nan
-        _, norm = engine.train_step(state, optimizer, range(8), 1e-3)
+        _, norm, _ = engine.train_step(state, optimizer, range(8), 1e-3)
         assert not torch.isfinite(norm)
         for a, p in zip(before, state.policy.parameters(), strict=True):
             assert torch.equal(a, p.full_tensor())
@@ -129,7 +129,7 @@ def test_first_step_check_catches_a_reference_that_differs(tmp_path):
     with one_rank() as world:
         config = tiny_config(tmp_path)
         state = make_engine(world, config, store_of(random_pairs(8), tmp_path / "pairs"))
-        state.ref_train += 0.01
+        state.ref_train[5, 1] += 0.01  # one response of one pair
         hooks = engine.Hooks(lambda _: None, lambda *_: None, lambda *_: False, lambda _: None)
         with pytest.raises(UserError, match=r"first step: loss 0\.69.*ref\.first_step_check=warn"):
             engine.train(state, hooks)

@@ -1,0 +1,82 @@
+"""What the pairs of a micro-batch add to a step's metrics, and the line that a scored pair becomes.
+
+Every function is plain arithmetic on the log-probs of one micro-batch; nothing here crosses the ranks. Not here:
+the loss (`losses`), the metrics' names and means (`metrics`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dpo_kit.packing import MicroBatch
+from dpo_kit.preferences import PairStore
+
+
+def sums_of(batch: MicroBatch, policy: tuple[Tensor, Tensor], terms: dict[str, Tensor]) -> Tensor:
+    """What a micro-batch adds to the step's metrics, in the order of `metrics.SUMS`. Shape: (12,), float64"""
+    weights = batch.weights
+    margin = terms["chosen_reward"] - terms["rejected_reward"]
+    columns = [
+        torch.ones_like(weights),
+        terms["loss"].detach(),
+        terms["chosen_reward"],
+        terms["rejected_reward"],
+        (margin > 0).double(),
+        (margin == 0).double(),
+        policy[0].detach(),
+        policy[1].detach(),
+        (policy[0] > policy[1]).double(),
+    ]
+    sums = [(weights * column).sum() for column in columns]
+    tokens = [float(batch.data_tokens), float(batch.input_ids.shape[1]), 0.0]
+    rest = torch.tensor(tokens, dtype=torch.float64, device=weights.device) * (weights.sum() > 0)
+    return torch.cat([torch.stack(sums), rest])
+
+
+@torch.no_grad()
+def gaps_of(
+    batch: MicroBatch, policy: tuple[Tensor, Tensor], ref: tuple[Tensor, Tensor], before: Tensor
+) -> Tensor:
+    """How far policy and reference are apart: what the first step is checked by.
+
+    Args:
+        before: the gaps of earlier micro-batches. Shape: (3,)
+
+    Returns:
+        Largest |difference| of a response in nats, their sum, and the number of scored tokens. Shape: (3,)
+    """
+    apart = torch.stack([(p - r).abs() * batch.weights for p, r in zip(policy, ref, strict=True)])
+    tokens = (batch.lens.view(-1, 2).sum(1) * batch.weights).sum()
+    return torch.stack([torch.maximum(before[0], apart.max()), before[1] + apart.sum(), before[2] + tokens])
+
+
+def pair_records(store: PairStore, table: np.ndarray, *, beta: float) -> list[dict[str, Any]]:
+    """One `dpo-kit score` line a pair.
+
+    Args:
+        table: policy chosen, policy rejected, ref chosen, ref rejected log-probs, loss. Shape: (P, 5)
+    """
+    records = []
+    for i, (pc, pr, rc, rr, loss) in enumerate(table.tolist()):
+        pair = store.pair(i)
+        start = max(int(pair.prompt), 1)
+        records.append(
+            {
+                "index": int(pair.index),
+                "prompt_tokens": int(pair.prompt),
+                "chosen_tokens": len(pair.chosen_ids) - start,
+                "rejected_tokens": len(pair.rejected_ids) - start,
+                "policy_chosen_logps": pc,
+                "policy_rejected_logps": pr,
+                "ref_chosen_logps": rc,
+                "ref_rejected_logps": rr,
+                "chosen_reward": beta * (pc - rc),
+                "rejected_reward": beta * (pr - rr),
+                "loss": loss,
+            }
+        )
+    return records
