@@ -118,7 +118,7 @@ def opened(path: Path) -> Iterator[BinaryIO]:
             f"{path}: not a gzip file, or a damaged one ({error}); download it again, or drop .gz from its name"
         ) from None
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
+        raise DataError(f"{path} cannot be read: {error.strerror or show_text(str(error))}") from None
 
 
 def read_jsonl(path: Path) -> Iterator[Row]:
@@ -195,7 +195,12 @@ def read_csv(path: Path, label: str) -> Iterator[Row]:
                 continue
             where = f"line {first_line}"
             if len(cells) != len(header):
-                yield Row(index, where, None, f"has {len(cells)} columns, the header has {len(header)}")
+                yield Row(
+                    index,
+                    where,
+                    None,
+                    f"has {len(cells)} columns, the header has {len(header)}; quote cells with commas",
+                )
             else:
                 yield Row(index, where, dict(zip(header, cells, strict=True)))
             index += 1
@@ -256,7 +261,9 @@ def _row_of_line(reader: _ObjectReader, text: str, index: int, where: str) -> Ro
     try:
         value, end, problem = reader.read(text, 0)
     except json.JSONDecodeError as error:
-        return Row(index, where, None, f"is not JSON ({error.msg} at character {error.pos + 1})")
+        return Row(
+            index, where, None, f"is not JSON ({error.msg} at character {error.pos + 1}); repair or remove it"
+        )
     except (ValueError, RecursionError) as error:
         return Row(index, where, None, f"is not JSON that can be read ({str(error).splitlines()[0]})")
     if end != len(text):
