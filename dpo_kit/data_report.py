@@ -57,7 +57,7 @@ def format_report(store: PairStore, train: PairStore | None = None) -> str:
     report = store.report
     lines = [
         f"pairs      {report['source']}",
-        f"layout     {report['layout']}; tokenizer {store.tokenizer_path}; max_length {report['max_length']}",
+        f"layout     {report['layout']}; tokenizer {report['tokenizer']}; max_length {report['max_length']}",
         f"rows       {report['rows']:,}: kept {report['kept']:,}{_dropped(report)}",
     ]
     lines += [f"           {count:,} {what}" for what, count in report["notes"].items() if count]

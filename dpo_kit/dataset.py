@@ -81,11 +81,15 @@ def build(config: Config, split: str = "train", progress: Progress | None = None
     folder = Path(config.cluster.fileroot) / ".cache" / "pairs" / key
     store = _reuse(folder)
     if store is not None:
+        # The content is the same, its names may be others than when it was built.
+        store.report.update(source=source.label, tokenizer=named)
+        store.meta["tokenizer"]["path"] = label
         _check_dropped(plan, store.report)
         return store
     arrays, report = collect(
         source, tokenizer, label, _selection(plan), progress or (lambda done, total: None)
     )
+    report["tokenizer"] = named
     _check_dropped(plan, report)
     meta = {
         "key": key,

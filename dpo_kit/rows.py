@@ -27,7 +27,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,8 @@ def open_source(path: str, *, name: str | None = None, split: str = "train", sec
     if not path:
         raise DataError(f"{section}.path is empty; give a file, a folder, {SAMPLE!r} or a hub id")
     if path == SAMPLE:
-        return _open_file(_in_folder(Path(__file__).parent / SAMPLE, split, section))
+        file = _in_folder(Path(__file__).parent / SAMPLE, split, section)
+        return replace(_open_file(file), label=f"{SAMPLE}/{file.name}")
     local = Path(path).expanduser()
     if local.exists():
         _check_local_options(name, split, section)
@@ -161,7 +162,7 @@ def _open_file(path: Path) -> Source:
 
 
 def _hash_content(path: Path) -> tuple[str, int]:
-    """sha256 of the content and the number of its non-empty last-line-included lines."""
+    """sha256 of the content and the number of its lines, an unfinished last one included."""
     digest, num_lines, size, last = hashlib.sha256(), 0, 0, b"\n"
     blank = True
     with opened(path) as file:

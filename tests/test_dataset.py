@@ -436,7 +436,9 @@ def test_reused_when_nothing_changed_and_keyed_by_what_does(tmp_path, configure,
     shutil.copy(path, tmp_path / "moved.jsonl")
     (tmp_path / "packed.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
     for same in ("moved.jsonl", "packed.jsonl.gz"):
-        assert dataset.build(configure(tmp_path / same)).path == first.path
+        found = dataset.build(configure(tmp_path / same))
+        assert found.path == first.path
+        assert f"pairs      {tmp_path / same}" in dataset.format_report(found)
     monkeypatch.undo()
     changed = write_rows(tmp_path / "b.jsonl", [*rows[:-1], raw("q4", "yes", "no!")])
     bos = save_tokenizer(tmp_path / "t", bos="<s>", adds="bos")

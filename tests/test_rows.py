@@ -155,6 +155,7 @@ def test_sample_is_the_embedded_one(tmp_path, monkeypatch, build):
     for name, row in {"train": PAIR, "valid": OTHER}.items():
         (folder / f"{name}.jsonl.gz").write_bytes(gzip.compress(jsonl(row)))
     train, test = build("sample"), build("sample", split="test")
+    assert "pairs      sample/train.jsonl.gz\n" in dataset.format_report(train)
     assert train.fingerprint != test.fingerprint == build("sample", split="valid").fingerprint
 
 
