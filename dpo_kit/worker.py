@@ -177,13 +177,14 @@ def run(run_dir: Path, world: World, should_stop: Any) -> None:
 
 def check_micro_batch(config: Config, train: PairStore) -> None:
     """Refuses a micro-batch budget that the longest pair does not fit in."""
-    tokens = config.actor.mb_spec.max_tokens_per_mb
     longest = max(engine.pair_cost(train.lengths(i), config.actor.share_prompt) for i in range(len(train)))
-    if tokens != "auto" and longest > int(tokens):
-        raise UserError(
-            f"actor.mb_spec.max_tokens_per_mb = {tokens} is less than the longest pair ({longest} tokens); "
-            f"use {longest} or more, or lower train_dataset.max_length = {config.train_dataset.max_length}"
-        )
+    for name, spec in (("actor", config.actor.mb_spec), ("ref", config.ref.mb_spec)):
+        tokens = spec.max_tokens_per_mb
+        if tokens != "auto" and longest > int(tokens):
+            raise UserError(
+                f"{name}.mb_spec.max_tokens_per_mb = {tokens} is less than the longest pair ({longest} tokens); "
+                f"use {longest} or more, or lower train_dataset.max_length = {config.train_dataset.max_length}"
+            )
 
 
 def prepare_reference(state: Engine, fileroot: Path) -> dict[str, str]:

@@ -19,6 +19,7 @@ from dpo_kit import (
     engine,
     launch,
     metrics,
+    packing,
     parallel,
     prepare,
     records,
@@ -27,8 +28,9 @@ from dpo_kit import (
     worker,
 )
 from dpo_kit import config as config_module
+from dpo_kit.errors import UserError
 from dpo_kit.preferences import open_store
-from tests.helpers import random_pairs, store_of, tiny_config
+from tests.helpers import random_pairs, store_of, tiny_config, train_tiny
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(__file__).parent / "data"
@@ -314,11 +316,33 @@ def stop_at_evaluation(run_dir):
     return "done"
 
 
-def test_a_pair_over_the_micro_batch_is_refused_by_name(tmp_path):
-    config = tiny_config(tmp_path, "actor.mb_spec.max_tokens_per_mb=40")
+@pytest.mark.parametrize("section", ["actor", "ref"])
+def test_a_pair_over_the_micro_batch_is_refused_by_name(tmp_path, section):
+    config = tiny_config(tmp_path, f"{section}.mb_spec.max_tokens_per_mb=40")
     store = store_of(random_pairs(8), tmp_path / "pairs")
     longest = max(engine.pair_cost(store.lengths(i), True) for i in range(8))
     with pytest.raises(
-        worker.UserError, match=rf"max_tokens_per_mb = 40 is less than the longest pair \({longest}"
+        UserError,
+        match=rf"{section}\.mb_spec\.max_tokens_per_mb = 40 is less than the longest pair \({longest}",
     ):
         worker.check_micro_batch(config, store)
+
+
+@pytest.mark.parametrize("logps", ["cached", "online"])
+def test_the_references_own_token_bound_holds_and_changes_nothing(tmp_path, monkeypatch, logps):
+    widths = []
+
+    def pack(*arguments, **options):
+        batch = packing.pack(*arguments, **options)
+        widths.append(batch.input_ids.shape[1])
+        return batch
+
+    wide = train_tiny(str(tmp_path / "wide"), (f"ref.logps={logps}", "total_train_steps=2"))
+    monkeypatch.setattr(engine, "pack", pack)
+    bound = (f"ref.logps={logps}", "total_train_steps=2", "ref.mb_spec.max_tokens_per_mb=80")
+    narrow = train_tiny(str(tmp_path / "narrow"), bound)
+    in_training = [width for width in widths if width > 80]
+    assert len(widths) > 8  # one a step without a bound
+    assert len(in_training) == (2 if logps == "cached" else 0)
+    for a, b in zip(wide, narrow, strict=True):
+        assert a["dpo/loss"] == pytest.approx(b["dpo/loss"], abs=1e-9)
