@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dpo_kit import builtin, dataset, pairing, preferences
 from dpo_kit import config as config_module
-from dpo_kit import dataset, pairing, preferences
 from dpo_kit.errors import DataError
 from dpo_kit.preferences import longest_common_prefix
 from tests.toy_tokenizers import CHATML, TEMPLATES, save_tokenizer, toy_tokenizer
@@ -551,10 +551,14 @@ def brute_force(a, b) -> int:
 
 
 @pytest.mark.skipif(not REAL_PAIRS.exists(), reason="the HH-RLHF pairs are not beside the project")
-def test_lcp_equals_brute_force_on_the_real_pairs(toy, configure):
+@pytest.mark.parametrize("named", ["toy", "smollm2-135m-instruct"])
+def test_lcp_equals_brute_force_on_the_real_pairs(toy, configure, named):
+    if named != "toy" and not builtin.cached(named):
+        pytest.skip("the real tokenizer is not in the user cache (make setup)")
+    tokenizer_path = toy if named == "toy" else builtin.ensure(named)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        store = dataset.build(configure(REAL_PAIRS, max_length=8192))
+        store = dataset.build(configure(REAL_PAIRS, max_length=8192, tokenizer=tokenizer_path))
     assert len(store) == 2312
     first, second = preferences.open_store(store.path), store
     for i in range(len(store)):
@@ -562,9 +566,9 @@ def test_lcp_equals_brute_force_on_the_real_pairs(toy, configure):
         chosen, rejected = pair.chosen_ids.tolist(), pair.rejected_ids.tolist()
         assert pair.shared == brute_force(chosen, rejected) == longest_common_prefix(chosen, rejected)
         assert pair.shared == second.pair(i).prompt
-    tokenizer = toy_tokenizer()
+    tokenizer = builtin.load_tokenizer(tokenizer_path)
     texts = [json.loads(line) for line in gzip.decompress(REAL_PAIRS.read_bytes()).splitlines()]
     for i in range(0, 2312, 97):
-        assert tokenizer.decode(store.pair(i).chosen_ids) == texts[i]["chosen"] + "</s>"
+        assert tokenizer.decode(store.pair(i).chosen_ids) == texts[i]["chosen"] + tokenizer.eos_token
         context = tokenizer.decode(store.pair(i).chosen_ids[: store.pair(i).context])
         assert context.endswith("\n\nAssistant:")
