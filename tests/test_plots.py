@@ -153,3 +153,13 @@ def test_live_widget_follows_the_records():
 @pytest.mark.parametrize(("last", "tick"), [(0, 1), (7, 1), (8, 2), (35, 5), (36, 10), (1000, 200)])
 def test_ticks_lie_on_steps(last, tick):
     assert plots._tick(last) == tick
+
+
+@pytest.mark.browser
+def test_the_picture_is_drawn_by_the_browser_at_the_charts_size():
+    image, reason = plots.png(plots.rewards(("one", LINES)))
+    if image is None:
+        pytest.skip(reason)
+    width, height = (int.from_bytes(image[at : at + 4], "big") for at in (16, 20))
+    assert image.startswith(b"\x89PNG")
+    assert (width, height) == (plots.WIDTH, plots.HEIGHT)

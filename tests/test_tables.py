@@ -127,13 +127,31 @@ def test_training_that_beats_all_says_so(run, monkeypatch):
 
 
 def test_without_pair_stores_the_other_baseline_stands_alone(run):
-    (run.dir / "data.json").write_text(json.dumps({"train": "/gone", "valid": None}))
+    (run.dir / "data.json").write_text(json.dumps({"train": None, "valid": None}))
     table = tables.accuracy_table(run)
     assert "the reference's own log-prob" in table.text
     assert "shorter wins" not in table.text
     assert "beats all 1" not in table.text
-    assert "not on this machine" in table.text
+    assert "left out: the run names no pair store" in table.text
     assert "beats the reference's own log-prob." in table.text
+
+
+def test_a_damaged_or_missing_store_costs_the_baselines_only(run, monkeypatch):
+    with_stores(run, monkeypatch, [("Q:a", "Q:b")] * 3, [("Q:x", "Q:z")] * 4)
+    (run.dir.parent / "valid" / "shared.npy").write_bytes(b"cut")
+    assert "left out: " in tables.accuracy_table(run).text
+    assert "75.0 %" in line_of(tables.accuracy_table(run), "reward accuracy, step 8")
+
+
+def test_rules_are_fitted_on_an_even_choice_of_many_pairs(run, monkeypatch):
+    with_stores(run, monkeypatch, [(f"Q:{i}", "Q:b") for i in range(10)], [("Q:x", "Q:z")] * 4)
+    monkeypatch.setattr(tables, "_MOST_FITTED", 4)
+    assert "fitted on the 4 training pairs" in tables.accuracy_table(run).text
+
+
+def test_one_evaluation_is_one_line(run):
+    (run.dir / "evaluations" / "step-0.jsonl").unlink()
+    assert tables.accuracy_table(run).text.count("reward accuracy, step 8") == 1
 
 
 def test_without_held_out_pairs_it_says_what_to_set(run):
