@@ -37,14 +37,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _tell(error, 2)
     except RunError as error:
         return _tell(error, EXIT.get(error.state, 1))
-    except TimeoutError as error:
-        return _tell(error, 1)
     except KeyboardInterrupt:
         return _tell("interrupted", 1)
     except BrokenPipeError:
         # The reader is gone (`| head`); what Python flushes when it ends must go somewhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except (
+        OSError
+    ) as error:  # a full disk, a folder that may not be written, a run that does not stop in time
+        return _tell(error, 1)
 
 
 def _tell(message: object, status: int) -> int:
@@ -193,8 +195,8 @@ def _build(config: Config, split: str) -> Any:
 def _score(arguments: argparse.Namespace) -> int:
     config = _load(arguments)
     out = Path(arguments.out)
-    if not out.absolute().parent.is_dir():
-        raise UserError(f"-o {out}: there is no folder {out.absolute().parent}")
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise UserError(f"-o {out} is no file in a folder that exists; give one, such as scores.jsonl")
     preflight.check(config)
     store = _build(config, arguments.split)
     from dpo_kit import scoring

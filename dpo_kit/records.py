@@ -118,13 +118,18 @@ def create(fileroot: Path, experiment: str, trial: str | None, *, config_text: s
     """
     while True:
         folder = run_folder(fileroot, experiment, fresh_trial_name() if trial is None else trial)
-        folder.parent.mkdir(parents=True, exist_ok=True)
         try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
             folder.mkdir()
             break
         except FileExistsError:
             if trial is not None:
                 raise UserError(f"trial_name = {trial!r}: {folder} exists; use another name") from None
+        except OSError as error:
+            raise UserError(
+                f"cluster.fileroot = {str(fileroot)!r}: {folder} cannot be made ({error.strerror}); give a folder"
+                " that can be written"
+            ) from None
     try:
         (folder / "logs").mkdir()
         atomic_write(folder / "config.yaml", config_text)

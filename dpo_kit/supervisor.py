@@ -129,8 +129,8 @@ def _how_stopped(session: Session, codes: list[int | None]) -> str:
         return (
             f"as asked; rank {killed} did not end within {session.config.cluster.grace_s:g} s and was killed"
         )
-    if -signal.SIGTERM in codes:
-        return "as asked, before training: there was nothing to save"
+    if -signal.SIGTERM in codes or watch.last_record(session.run_dir) is None:
+        return "as asked, before the first step: there was nothing to save"
     return "as asked, with the state saved"
 
 

@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from dpo_kit import builtin, cli, devices, records
 from dpo_kit.errors import RunError
 from tests.toy_tokenizers import save_tokenizer
 
+SMOKE = Path(__file__).parents[1] / "params" / "smoke.yaml"
 SCORE_FIELDS = [
     "index",
     "prompt_tokens",
@@ -224,6 +226,13 @@ def test_a_reader_that_goes_away_is_no_traceback(trained):
     assert done.stderr == ""
 
 
+def test_a_run_goes_on_when_nobody_reads_its_lines():
+    code = "from dpo_kit import watch\nfor _ in range(99): watch._print('x' * 9999)\nraise SystemExit(7)"
+    command = f'{sys.executable} -c "{code}" | head -c 1; exit ${{PIPESTATUS[0]}}'
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (7, "")
+
+
 # ---------------------------------------------------------------- exit statuses
 
 
@@ -237,6 +246,7 @@ def test_a_failing_rank_is_status_1_and_a_stopped_one_3(fakes):
     status, out, err = call("train", "--config", write_config(fakes.root), "trial_name=preempted")
     assert status == 3
     assert out[-1].endswith("preempted")
+    assert err[0] == "cli/preempted: preempted: as asked, before the first step: there was nothing to save"
 
 
 @pytest.mark.parametrize(
@@ -246,6 +256,7 @@ def test_a_failing_rank_is_status_1_and_a_stopped_one_3(fakes):
         (RunError("x", state="preempted"), 3),
         (TimeoutError("x"), 1),
         (KeyboardInterrupt(), 1),
+        (PermissionError(13, "Permission denied", "x"), 1),
     ],
 )
 def test_every_end_of_a_command_has_its_status(monkeypatch, error, status):
@@ -264,6 +275,8 @@ def test_every_end_of_a_command_has_its_status(monkeypatch, error, status):
         (["train"], "required: --config"),
         (["train", "--config", "x.yaml", "--detatch"], "unknown arguments: --detatch"),
         (["train", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["score", "--config", SMOKE, "-o", "."], "-o . is no file in a folder that exists"),
+        (["score", "--config", SMOKE, "-o", "a/b.jsonl"], "-o a/b.jsonl is no file in a folder that exists"),
         (["runs", "list", "a=b"], "unknown arguments: a=b"),
         (["runs", "show", "nobody"], "'nobody' is no run"),
         (["sample", "nobody", "--prompt", "x"], "'nobody' is no run"),
@@ -390,6 +403,39 @@ def test_wrong_data_are_one_line_and_leave_nothing(tmp_path, name):
     assert re.search(message, err[0]), err[0]
     assert str(tmp_path / file) in err[0]
     assert listing(tmp_path) == before
+
+
+def test_a_fileroot_that_cannot_be_made_is_one_line(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    config = write_config(tmp_path)
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    status, _, err = call("train", "--config", config)
+    assert (status, len(err)) == (2, 1)
+    assert re.search(r"cluster\.fileroot = '.*/runs': .* cannot be made \(Permission denied\)", err[0])
+
+
+def test_a_file_of_the_seeds_system_trains_with_one_line_of_ignored_keys(fakes):
+    overrides = [
+        f"cluster.fileroot={fakes.fileroot}",
+        f"train_dataset.path={fakes.root / 'data.jsonl'}",
+        f"valid_dataset.path={fakes.root / 'data.jsonl'}",
+        "actor.path=tiny-random",
+        "cluster.n_nodes=1",
+        "cluster.n_gpus_per_node=0",
+        "actor.backend=fsdp:d2",
+        "trial_name=seed",
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        status, out, err = call(
+            "train", "--config", Path(__file__).parent / "data" / "seed_full.yaml", *overrides
+        )
+    assert (status, len(err)) == (0, 1), err
+    assert "ignored" in err[0]
+    assert "cluster.name_resolve" in err[0]
+    assert out[-1].endswith("/seed")
 
 
 def test_train_removes_the_run_folder_when_the_data_are_wrong(tmp_path):
