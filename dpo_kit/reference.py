@@ -26,11 +26,12 @@ KERNEL = "packed-sdpa-1"
 VALUE_SHAPE = 2
 
 
-def pair_keys(store: PairStore) -> np.ndarray:
-    """Content key of every pair. Shape: (P, 16), uint8"""
-    keys = np.empty((len(store), 16), dtype=np.uint8)
-    for i in range(len(store)):
-        pair = store.pair(i)
+def pair_keys(store: PairStore, rows: np.ndarray | None = None) -> np.ndarray:
+    """Content key of the pairs of `rows` (all when left out). Shape: (P, 16), uint8"""
+    rows = np.arange(len(store)) if rows is None else rows
+    keys = np.empty((len(rows), 16), dtype=np.uint8)
+    for i, row in enumerate(rows):
+        pair = store.pair(int(row))
         digest = hashlib.blake2b(digest_size=16)
         digest.update(
             np.array([len(pair.chosen_ids), len(pair.rejected_ids), pair.prompt], np.int64).tobytes()

@@ -36,14 +36,24 @@ def steps_per_epoch(config: Config, num_pairs: int) -> int:
 
 
 def step_rows(config: Config, num_pairs: int, step: int) -> np.ndarray:
-    """Rows of the store that optimizer step `step` (from 1) trains on; depends on nothing but its arguments."""
-    per_epoch = steps_per_epoch(config, num_pairs)
-    epoch, at = divmod(step - 1, per_epoch)
-    order = np.arange(num_pairs)
-    if config.train_dataset.shuffle:
-        order = np.random.default_rng([config.seed, epoch]).permutation(num_pairs)
+    """Rows of the store that optimizer step `step` (from 1) trains on."""
+    epoch, at = divmod(step - 1, steps_per_epoch(config, num_pairs))
     size = config.train_dataset.batch_size
-    return order[at * size : (at + 1) * size]
+    return _epoch_order(config, num_pairs, epoch)[at * size : (at + 1) * size]
+
+
+def rows_of_run(config: Config, num_pairs: int) -> np.ndarray:
+    """Rows of the store that the run may train on, in store order: all of them after a whole epoch."""
+    steps = num_steps(config, num_pairs)
+    if steps >= steps_per_epoch(config, num_pairs):
+        return np.arange(num_pairs)
+    return np.sort(_epoch_order(config, num_pairs, 0)[: steps * config.train_dataset.batch_size])
+
+
+def _epoch_order(config: Config, num_pairs: int, epoch: int) -> np.ndarray:
+    if not config.train_dataset.shuffle:
+        return np.arange(num_pairs)
+    return np.random.default_rng([config.seed, epoch]).permutation(num_pairs)
 
 
 def learning_rate(step: int, total: int, optimizer: Any) -> float:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from dpo_kit import builtin, card, engine, model, processes, records, reference
+from dpo_kit import builtin, card, engine, model, processes, records, reference, schedule
 from dpo_kit import config as config_module
 from dpo_kit.config import Config
 from dpo_kit.engine import Engine, Hooks
@@ -40,6 +40,7 @@ class Recorder:
         self.run_dir, self.config, self.world = run_dir, config, world
         self.due_at: dict[str, float] = {}
         self.shown: tuple[str, float] = ("", 0.0)
+        self.untold: dict[str, Any] | None = None
         self.tensorboard = (
             _tensorboard(run_dir) if world.is_main and config.stats_logger.tensorboard else None
         )
@@ -49,14 +50,17 @@ class Recorder:
     ) -> None:
         """Shows where the run is; at most a few times a second within one phase."""
         now = time.monotonic()
-        if self.world.is_main and (
-            phase != self.shown[0] or now - self.shown[1] > PROGRESS_EVERY_S or done == total
-        ):
+        total_steps = total if phase == "first step" else None
+        self.untold = {"phase": phase, "done": done, "total": total, "step": step, "total_steps": total_steps}
+        if phase != self.shown[0] or now - self.shown[1] > PROGRESS_EVERY_S or done == total:
             self.shown = (phase, now)
-            total_steps = total if phase == "first step" else None
-            records.write_progress(
-                self.run_dir, phase=phase, done=done, total=total, step=step, total_steps=total_steps
-            )
+            self.flush()
+
+    def flush(self) -> None:
+        """Shows what `progress` held back, so that a run that ends early says at which step."""
+        if self.world.is_main and self.untold:
+            records.write_progress(self.run_dir, **self.untold)
+        self.untold = None
 
     def record(self, values: dict[str, Any]) -> None:
         """Appends one line to `metrics.jsonl` and to the TensorBoard events."""
@@ -170,7 +174,10 @@ def run(run_dir: Path, world: World, should_stop: Any) -> None:
         due=recorder.due,
         save=lambda step: save(run_dir / "exports" / f"step-{step}"),
     )
-    engine.train(state, hooks)
+    try:
+        engine.train(state, hooks)
+    finally:
+        recorder.flush()
     recorder.progress("export")
     save(run_dir / "model")
 
@@ -206,31 +213,40 @@ def prepare_reference(state: Engine, fileroot: Path) -> dict[str, str]:
         state.ref_model = _load_reference(state)
         return weights
     folder = reference.cache_folder(fileroot, marks[1], config.ref.dtype, share=config.actor.share_prompt)
-    stores = [s for s in (state.train, state.valid) if s is not None]
-    keys = [reference.pair_keys(s) for s in stores]
-    held = [reference.lookup(folder, k) for k in keys]
-    missing = [np.flatnonzero(~found) for _, found in held]
-    num_missing, num_pairs = sum(map(len, missing)), sum(map(len, stores))
+    needs = [(state.train, schedule.rows_of_run(config, len(state.train)))]
+    if state.valid is not None:
+        needs.append((state.valid, np.arange(len(state.valid))))
+    keys = [reference.pair_keys(store, rows) for store, rows in needs]
+    values, found = map(list, zip(*(reference.lookup(folder, k) for k in keys), strict=True))
+    num_pairs, num_missing = sum(map(len, keys)), sum(int((~f).sum()) for f in found)
     if world.is_main:
         print(f"reference: {num_pairs - num_missing} of {num_pairs} pairs from the cache", flush=True)
     if num_missing:
         source = state.policy if state.policy_is_reference else _load_reference(state)
         source.eval()
         done = 0
-        for (values, _), rows, store in zip(held, missing, stores, strict=True):
-            if len(rows):
-                values[rows] = engine.reference_pass(state, source, store, rows, done=done, total=num_missing)
-                done += len(rows)
+        for i, (store, rows) in enumerate(needs):
+            missing = ~found[i]
+            if missing.any():
+                run = engine.reference_pass(state, source, store, rows[missing], done=done, total=num_missing)
+                values[i][missing] = run
+                done += len(run)
         if world.is_main:
-            fresh = [v[rows] for (v, _), rows in zip(held, missing, strict=True)]
-            reference.add(
-                folder,
-                np.concatenate([k[rows] for k, rows in zip(keys, missing, strict=True)]),
-                np.concatenate(fresh),
+            fresh_keys, fresh_values = (
+                np.concatenate([a[~f] for a, f in zip(arrays, found, strict=True)])
+                for arrays in (keys, values)
             )
-    state.ref_train = held[0][0]
-    state.ref_valid = held[1][0] if state.valid is not None else None
+            reference.add(folder, fresh_keys, fresh_values)
+    tables = [_spread(v, rows, len(store)) for v, (store, rows) in zip(values, needs, strict=True)]
+    state.ref_train, state.ref_valid = tables[0], tables[1] if state.valid is not None else None
     return weights
+
+
+def _spread(values: np.ndarray, rows: np.ndarray, num_pairs: int) -> np.ndarray:
+    """Values of some rows as a table of all rows; NaN where no step needs them."""
+    table = np.full((num_pairs, values.shape[1]), np.nan)
+    table[rows] = values
+    return table
 
 
 def _load_reference(state: Engine) -> model.PairModel:

@@ -159,12 +159,12 @@ def evaluate_tiny(folder, overrides=()):
 
 def test_reference_values_come_from_the_cache_whatever_beta_loss_or_lr(tmp_path, capsys):
     train_tiny(str(tmp_path), ("total_train_steps=1",))
-    assert "reference: 0 of 40 pairs from the cache" in capsys.readouterr().out
+    assert "reference: 0 of 8 pairs from the cache" in capsys.readouterr().out
     changed = ("actor.beta=0.3", "actor.loss_type=ipo", "actor.optimizer.lr=1e-5", "total_train_steps=1")
     train_tiny(str(tmp_path), changed)
-    assert "reference: 40 of 40 pairs from the cache" in capsys.readouterr().out
+    assert "reference: 8 of 8 pairs from the cache" in capsys.readouterr().out
     train_tiny(str(tmp_path), ("actor.dtype=float32", "total_train_steps=1"))
-    assert "reference: 0 of 40 pairs from the cache" in capsys.readouterr().out
+    assert "reference: 0 of 8 pairs from the cache" in capsys.readouterr().out
     assert len(list((tmp_path / "runs" / ".cache" / "reference").iterdir())) == 2
 
 
@@ -185,9 +185,9 @@ def test_a_changed_weight_misses_for_every_pair_and_leaves_the_old_values(tmp_pa
     )
     capsys.readouterr()
     train_tiny(str(tmp_path), paths)
-    assert "reference: 0 of 40 pairs from the cache" in capsys.readouterr().out
+    assert "reference: 0 of 8 pairs from the cache" in capsys.readouterr().out
     train_tiny(str(tmp_path), ("total_train_steps=1",))
-    assert "reference: 40 of 40 pairs from the cache" in capsys.readouterr().out
+    assert "reference: 8 of 8 pairs from the cache" in capsys.readouterr().out
 
 
 def test_schedules_start_above_zero_and_end_where_they_should(tmp_path):
@@ -211,6 +211,11 @@ def test_rows_of_a_step_depend_on_seed_and_step_alone(tmp_path):
     again = np.concatenate([schedule.step_rows(config, 10, s) for s in (4, 5, 6)])
     assert sorted(again) == list(range(10))
     assert epoch.tolist() != again.tolist()
+    config.total_train_steps = 2
+    used = np.concatenate([schedule.step_rows(config, 10, s) for s in (1, 2)])
+    assert schedule.rows_of_run(config, 10).tolist() == sorted(used)
+    config.total_train_steps = None
+    assert schedule.rows_of_run(config, 10).tolist() == list(range(10))
     config.train_dataset.drop_last = True
     assert schedule.steps_per_epoch(config, 10) == 2
     config.train_dataset.shuffle = False
