@@ -29,8 +29,9 @@ from dpo_kit import (
 )
 from dpo_kit import config as config_module
 from dpo_kit.errors import UserError
+from dpo_kit.files import read_json
 from dpo_kit.preferences import open_store
-from tests.helpers import random_pairs, store_of, tiny_config, train_tiny
+from tests.helpers import one_rank, random_pairs, store_of, tiny_config, train_tiny
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(__file__).parent / "data"
@@ -346,3 +347,17 @@ def test_the_references_own_token_bound_holds_and_changes_nothing(tmp_path, monk
     assert len(in_training) == (2 if logps == "cached" else 0)
     for a, b in zip(wide, narrow, strict=True):
         assert a["dpo/loss"] == pytest.approx(b["dpo/loss"], abs=1e-9)
+
+
+def test_progress_that_was_held_back_is_told_at_the_end(tmp_path):
+    config = tiny_config(tmp_path, "stats_logger.tensorboard=false")
+    with one_rank() as world:
+        recorder = worker.Recorder(tmp_path, config, world)
+        for step in (1, 2, 3):
+            recorder.progress("training", step, 100, step=step)
+        assert read_json(tmp_path / "progress.json")["step"] == 1
+        recorder.flush()
+        assert read_json(tmp_path / "progress.json")["step"] == 3
+        (tmp_path / "progress.json").unlink()
+        recorder.flush()
+        assert not (tmp_path / "progress.json").exists()
