@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from dpo_kit import builtin, engine, prepare, worker
@@ -27,7 +28,7 @@ def score(
 ) -> dict[str, Any]:
     """Writes one JSON line a pair, in dataset order, to `out`; the file appears when all are there.
 
-    The lines hold summed log-probs in nats at full precision; their fields are listed in `docs/design.md`.
+    The lines hold summed log-probs in nats at full precision; the fields are those of `measures.pair_records`.
 
     Args:
         config: model, loss and reference; the reference's values come from its cache where it has them.
@@ -49,7 +50,7 @@ def score(
             config, config.actor.path, config.actor.dtype, world, [store], trainable=False
         )
         state = Engine(config, world, policy, train=store, valid=None, progress=progress)
-        worker.prepare_reference(state, Path(config.cluster.fileroot))
+        worker.prepare_reference(state, Path(config.cluster.fileroot), np.arange(len(store)))
         state.valid, state.ref_valid = store, state.ref_train
         means, lines = engine.evaluate(state)
     atomic_write(out, "".join(to_json(line) + "\n" for line in lines))

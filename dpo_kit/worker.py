@@ -194,8 +194,13 @@ def check_micro_batch(config: Config, train: PairStore) -> None:
             )
 
 
-def prepare_reference(state: Engine, fileroot: Path) -> dict[str, str]:
+def prepare_reference(state: Engine, fileroot: Path, train_rows: np.ndarray | None = None) -> dict[str, str]:
     """Gives the engine its reference: values from the cache, computed where missing, or the resident model.
+
+    Args:
+        state: gets `ref_train` and `ref_valid`, or `ref_model`.
+        fileroot: where the cache is.
+        train_rows: of the training store; those that the run trains on when left out.
 
     Returns:
         The fingerprint of the weights of `actor` and `ref`.
@@ -213,7 +218,9 @@ def prepare_reference(state: Engine, fileroot: Path) -> dict[str, str]:
         state.ref_model = _load_reference(state)
         return weights
     folder = reference.cache_folder(fileroot, marks[1], config.ref.dtype, share=config.actor.share_prompt)
-    needs = [(state.train, schedule.rows_of_run(config, len(state.train)))]
+    if train_rows is None:
+        train_rows = schedule.rows_of_run(config, len(state.train))
+    needs = [(state.train, train_rows)]
     if state.valid is not None:
         needs.append((state.valid, np.arange(len(state.valid))))
     keys = [reference.pair_keys(store, rows) for store, rows in needs]

@@ -94,6 +94,15 @@ def test_each_pair_passes_the_reference_once_and_then_never(
     assert said == ["reference: 0 of 12 pairs from the cache", "reference: 12 of 12 pairs from the cache"]
 
 
+def test_every_pair_is_scored_however_few_a_run_would_train_on(tmp_path, store):
+    options = ("total_train_steps=1", "train_dataset.batch_size=100", "train_dataset.drop_last=true")
+    means, lines = score(tiny_config(tmp_path / "runs", *options), store, tmp_path / "a.jsonl")
+    assert means["dpo-eval/loss"] == pytest.approx(math.log(2))
+    assert [line["ref_chosen_logps"] for line in lines] == [line["policy_chosen_logps"] for line in lines]
+    options = ("total_train_steps=1", "train_dataset.batch_size=2")
+    assert score(tiny_config(tmp_path / "other", *options), store, tmp_path / "b.jsonl") == (means, lines)
+
+
 def test_a_resident_reference_gives_the_same_lines(tmp_path, store, other_weights):
     options = (f"actor.path={other_weights}", "ref.path=tiny-random")
     cached = score(tiny_config(tmp_path / "runs", *options), store, tmp_path / "a.jsonl")[1]
