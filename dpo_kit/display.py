@@ -4,7 +4,7 @@ Everything that shows data goes through `escape`; a cell of a table that is not 
 is escaped by the table. Colours are translucent and text inherits its colour, so that a fragment reads the
 same on a light and on a dark page; every fragment also has a plain text twin for terminals and for nbval.
 
-Deliberately not here: what to show (`notebook`), charts (`plots`), any dependency.
+Deliberately not here: what to show (`notebook`), charts (`plots`), any dependency but IPython where it shows.
 """
 
 from __future__ import annotations
@@ -158,7 +158,8 @@ def table(
 def _cell(tag: str, value: object, style: str) -> str:
     content = value.markup if isinstance(value, Html) else escape(value)
     weight = "font-weight:600;" if tag == "th" else ""
-    white = "nowrap" if len(content) <= _SHORT_CELL else "pre-line;overflow-wrap:anywhere"
+    short = tag == "td" and len(content) <= _SHORT_CELL
+    white = "nowrap" if short else "pre-line;overflow-wrap:anywhere" if tag == "td" else "normal"
     return f'<{tag} style="{_CELL};{weight}white-space:{white};{style}">{content}</{tag}>'
 
 
@@ -168,6 +169,15 @@ def _is_number(value: object) -> bool:
         text.strip() in ("", "-")
         or re.match(r"^[-+−]?\d[\d,.]*(e[-+]?\d+)?\s*[%\w/]{0,8}$", text) is not None
     )
+
+
+def replace_output(fragment: Html) -> None:
+    """Shows a fragment in place of all that this notebook cell has put out so far."""
+    from IPython.display import clear_output
+    from IPython.display import display as show
+
+    clear_output(wait=True)
+    show(fragment)
 
 
 def plain_table(

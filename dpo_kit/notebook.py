@@ -2,7 +2,7 @@
 
     from dpo_kit import launch, notebook as nb, plots
     settings = nb.begin(globals())        prints root, fileroot, provenance, live runs
-    run = launch.start(settings); run.wait()
+    run = launch.start(settings); nb.wait(run)
     nb.show(plots.rewards(run)); nb.accuracy_table(run); nb.samples_table(run); nb.where(run)
 
 Deliberately not here: the tables themselves (`tables`), charts (`plots`), training (`launch`), HTML details
@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo_kit import builtin, config, dataset, display, launch, plots, tables
+from dpo_kit import builtin, config, dataset, display, launch, owners, plots, tables
 from dpo_kit.config import Config
 from dpo_kit.config.parameters import from_notebook, parameter_names
 from dpo_kit.display import Html
@@ -44,6 +44,7 @@ __all__ = [
     "samples_table",
     "show",
     "steps_table",
+    "wait",
     "where",
 ]
 
@@ -226,6 +227,20 @@ def _split_text(tokenizer: Any, ids: np.ndarray, boundary: int) -> tuple[str, st
     if whole.startswith(prefix):
         return prefix, whole[len(prefix) :]
     return prefix, tokenizer.decode(ids[boundary:].tolist())
+
+
+def wait(run: Run) -> None:
+    """Waits for the end of a run, showing progress (`run.wait`).
+
+    Where nobody watches, the many lines of progress are replaced at the end by one a phase: they went to the
+    log when they were news, and a reader of the saved notebook has no use for them.
+
+    Raises:
+        RunError: the run did not end `done`; then every line stays.
+    """
+    run.wait()
+    if owners.in_notebook() and launch.is_headless():
+        display.replace_output(tables.phases_table(run))
 
 
 def show(figure: Any) -> None:

@@ -302,6 +302,17 @@ def table(trials: Sequence[Trial]) -> display.Html:
     )
 
 
+def phases(trials: Sequence[Trial]) -> display.Html:
+    """Which run took how long, and its folder."""
+    rows = []
+    for trial in trials:
+        seconds = [p["seconds"] for p in trial.run.status.get("phases", [])] if trial.run else []
+        rows.append(
+            [trial.label, trial.state, f"{sum(seconds):.0f} s", str(trial.run.dir) if trial.run else "-"]
+        )
+    return display.table(["run", "state", "time", "folder"], rows)
+
+
 def _number(value: float | None, form: str = ".3f") -> str:
     return "-" if value is None else format(value, form)
 

@@ -33,6 +33,13 @@ def reading(run: Run) -> Html:
     return display.stack(*(display.paragraph(line) for line in lines))
 
 
+def phases_table(run: Run) -> Html:
+    """How a run ended, and where its time went."""
+    status = run.status
+    rows = [[phase["name"], f"{phase['seconds']:.1f} s"] for phase in status.get("phases", [])]
+    return display.table(["phase", "time"], rows, caption=f"{run.name}: {status.get('state')}")
+
+
 def steps_table(run: Run, most: int = 12) -> Html:
     """Loss and rewards over the steps; with more than `most` steps an even choice of them."""
     lines = analysis.training_lines(records.read_metrics(run.dir))
@@ -252,13 +259,15 @@ def where(run: Run) -> Html:
         ("logs", "what each rank printed"),
     )
     rows = [[name, what] for name, what in listed if (run.dir / name).exists()]
-    folder = shlex.quote(str(run.dir))
-    commands = [
-        ["ask the trained model", f'dpo-kit sample {folder} --prompt "How do I start a vegetable garden?"'],
-        ["look at the run again", f"dpo-kit runs show {folder}"],
-        ["watch it in TensorBoard", f"tensorboard --logdir {shlex.quote(str(run.dir / 'tensorboard'))}"],
-        ["try other values", "open notebooks/sweep.ipynb, or set beta, loss_type and lr above and run again"],
-    ]
+    folder, there = shlex.quote(str(run.dir)), {name for name, _ in rows}
+    commands = [["look at the run again", f"dpo-kit runs show {folder}"]]
+    if "model" in there:
+        question = "How do I start a vegetable garden?"
+        commands.append(["ask the trained model", f'dpo-kit sample {folder} --prompt "{question}"'])
+    if "tensorboard" in there:
+        commands.append(["see it in TensorBoard", f"tensorboard --logdir {folder}/tensorboard"])
+    other = "open notebooks/sweep.ipynb, or set beta, loss_type and lr above and run again"
+    commands.append(["try other values", other])
     return display.stack(
         here, display.table(["on disk", "what it is"], rows), display.table(["next", "how"], commands)
     )

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from dpo_kit import display, launch, plots, sweep
+from dpo_kit import display, launch, owners, plots, sweep
 from dpo_kit.config import Config, read_list
 from dpo_kit.config.schema import LOSS_TYPES
 from dpo_kit.errors import UserError
@@ -84,6 +84,8 @@ class SweepPanel:
         if launch.is_headless():
             self.sweep = sweep.Sweep(self.trials())
             self.sweep.run()
+            if owners.in_notebook():  # the lines of progress were for the log
+                display.replace_output(sweep.phases(self.sweep.trials))
         else:
             from IPython.display import display as show
 

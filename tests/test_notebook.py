@@ -166,6 +166,19 @@ def test_a_long_prefix_is_cut_and_says_so(tmp_path, monkeypatch):
     assert "(500 earlier characters)" in shown.text
 
 
+def test_waiting_leaves_one_line_a_phase_where_nobody_watches(monkeypatch):
+    shown, waited = [], []
+    status = {"state": "done", "phases": [{"name": "training", "seconds": 2.0}]}
+    run = types.SimpleNamespace(name="a/b", status=status, wait=lambda: waited.append(1))
+    monkeypatch.setattr(notebook.display, "replace_output", shown.append)
+    for in_notebook, headless in ((True, False), (False, True), (True, True)):
+        monkeypatch.setattr(notebook.owners, "in_notebook", lambda answer=in_notebook: answer)
+        monkeypatch.setattr(notebook.launch, "is_headless", lambda answer=headless: answer)
+        notebook.wait(run)
+    assert len(waited) == 3
+    assert [s.text.split("\n")[-1] for s in shown] == ["training  2.0 s"]
+
+
 def test_a_heartbeat_breaks_long_silence_and_ends_with_the_work(capsys):
     import threading
     import time

@@ -208,4 +208,7 @@ def test_results_and_table(base, started):
     text = sweep.table(trials).text
     assert "80.0%" in text
     assert "90.0% (step 1)" in text
+    folders = sweep.phases(trials).text.split("\n")
+    assert str(trials[0].run.dir)[:40] in folders[1]
+    assert folders[2].split() == ["beta", "0.1", "waiting", "0", "s", "-"]
     assert sweep.Sweep(trials).curves()[0][0] == "beta 0.05"

@@ -68,6 +68,16 @@ def line_of(table, start):
     return next(line for line in table.text.split("\n") if line.startswith(start))
 
 
+def test_phases_say_where_the_time_went(run):
+    run.status["phases"] = [
+        {"name": "reference pass", "seconds": 127.548},
+        {"name": "training", "seconds": 3.0},
+    ]
+    text = tables.phases_table(run).text
+    assert text.split("\n")[0] == "dpo/brave-fox: done"
+    assert "reference pass  127.5 s" in text
+
+
 def test_steps_are_an_even_choice_with_both_ends(run):
     text = tables.steps_table(run, most=4).text.split("\n")
     assert [line.split()[0] for line in text[2:]] == ["1", "11", "20", "30"]
@@ -212,6 +222,7 @@ def test_where_names_what_is_there_and_quotes_for_the_shell(run):
     text = tables.where(run).text
     assert "Hugging Face folder" in text
     assert "config.yaml" not in text
+    assert "tensorboard" not in text
     assert f"dpo-kit sample '{run.dir}' --prompt" in tables.where(run).markup.replace("&#x27;", "'").replace(
         "&quot;", '"'
     )

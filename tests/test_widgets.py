@@ -95,6 +95,15 @@ def test_headless_show_makes_the_runs(panel, started, monkeypatch, capsys):  # n
     assert panel.chart.children == ()
 
 
+def test_headless_in_a_notebook_the_lines_of_progress_give_way_to_a_table(panel, started, monkeypatch):  # noqa: F811
+    shown = []
+    monkeypatch.setattr(widgets.launch, "is_headless", lambda: True)
+    monkeypatch.setattr(widgets.owners, "in_notebook", lambda: True)
+    monkeypatch.setattr(widgets.display, "replace_output", shown.append)
+    panel.show()
+    assert "beta 0.3" in shown[0].text
+
+
 def test_before_start_there_is_nothing_to_draw_and_it_says_so(panel):
     assert panel.curves() == []
     assert "press Start" in panel.table().text
