@@ -20,11 +20,9 @@ from typing import Any
 
 import numpy as np
 
-UNDEFINED = "undefined (all ties)"
+from dpo_kit.metrics import TIE_NATS
 
-# A margin of log-ratios below this is rounding: float32 sums of one response differ by up to about 2e-5 nats
-# between two packings of the same batch, and policy = reference must not be read as a preference.
-TIE_NATS = 1e-4
+UNDEFINED = "undefined (all ties)"
 
 
 @dataclass(frozen=True)

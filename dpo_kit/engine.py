@@ -145,7 +145,7 @@ def train_step(
         policy = response_logps(engine.policy, batch)
         terms = pair_terms(engine, batch, policy, ref)
         ((terms["loss"] * batch.weights).sum() / len(rows)).backward()
-        sums += sums_of(batch, policy, terms)
+        sums += sums_of(batch, policy, ref, terms)
         gaps = gaps_of(batch, policy, ref, gaps)
     params = [p for g in optimizer.param_groups for p in g["params"]]
     norm = grad_norm(params)
@@ -209,7 +209,7 @@ def evaluate(
         ref = reference_logps(engine, batch, values)
         policy = ref if at_reference else response_logps(engine.policy, batch)
         terms = pair_terms(engine, batch, policy, ref)
-        sums += sums_of(batch, policy, terms)
+        sums += sums_of(batch, policy, ref, terms)
         row = torch.stack([*policy, *ref, terms["loss"]], 1) * batch.weights[:, None]
         table.index_add_(0, torch.tensor(batch.rows, device=table.device), row)
         engine.progress("evaluation", done, len(store))

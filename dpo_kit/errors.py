@@ -15,6 +15,10 @@ from pathlib import Path
 class UserError(ValueError):
     """A mistake in what the user gave: names the thing, what is allowed and the remedy."""
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows: the message is the whole story, the stack is ours and not the user's."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class ConfigError(UserError):
     """Everything that is wrong with one configuration, one problem a line."""
@@ -35,3 +39,7 @@ class RunError(RuntimeError):
         super().__init__(message)
         self.run_dir = run_dir
         self.state = state
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows: why the run ended, not where it was waited for."""
+        return [f"{type(self).__name__}: {self}"]

@@ -12,21 +12,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dpo_kit.metrics import TIE_NATS
 from dpo_kit.packing import MicroBatch
 from dpo_kit.preferences import PairStore
 
 
-def sums_of(batch: MicroBatch, policy: tuple[Tensor, Tensor], terms: dict[str, Tensor]) -> Tensor:
+def sums_of(
+    batch: MicroBatch, policy: tuple[Tensor, Tensor], ref: tuple[Tensor, Tensor], terms: dict[str, Tensor]
+) -> Tensor:
     """What a micro-batch adds to the step's metrics, in the order of `metrics.SUMS`. Shape: (12,), float64"""
     weights = batch.weights
-    margin = terms["chosen_reward"] - terms["rejected_reward"]
+    margin = (policy[0] - ref[0] - (policy[1] - ref[1])).detach()  # nats, whatever beta
     columns = [
         torch.ones_like(weights),
         terms["loss"].detach(),
         terms["chosen_reward"],
         terms["rejected_reward"],
         (margin > 0).double(),
-        (margin == 0).double(),
+        (margin.abs() <= TIE_NATS).double(),
         policy[0].detach(),
         policy[1].detach(),
         (policy[0] > policy[1]).double(),

@@ -47,6 +47,10 @@ SEED_NAMES = (
     "dpo/reward_margin",
 )
 
+# A margin of log-ratios up to this is rounding: float32 sums of one response differ by up to about 2e-5 nats
+# between two packings of the same batch, and policy = reference must not be read as a preference.
+TIE_NATS = 1e-4
+
 # What one micro-batch adds up, in this order, in one float64 vector: a step crosses the ranks once.
 SUMS = (
     "pairs",
