@@ -313,7 +313,6 @@ def train(engine: Engine, hooks: Hooks) -> int:
             except Stopped:
                 hooks.save(step)
                 raise
-            engine.policy.train()
         if not last and hooks.due("saver", step, per_epoch):
             hooks.save(step)
         if values[-1] > 0 and not last:

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +67,25 @@ def init_world(*, cuda: bool, init_method: str | None = None) -> World:
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, init_method=init_method, rank=rank, world_size=size)
     return World(rank, size, device, init_device_mesh(device.type, (size,), mesh_dim_names=("dp",)))
+
+
+@contextlib.contextmanager
+def alone(*, cuda: bool) -> Iterator[World]:
+    """A process group of this process; the environment is put back, for this may be a notebook or a test."""
+    mine = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    before = {name: os.environ.get(name) for name in mine}
+    os.environ.update(mine)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            yield init_world(cuda=cuda, init_method=f"file://{folder}/init")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def precision(dtype: torch.dtype) -> MixedPrecisionPolicy:

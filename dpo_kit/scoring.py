@@ -5,10 +5,6 @@ One process, forward only, through the same packed path as training. Not here: t
 
 from __future__ import annotations
 
-import contextlib
-import os
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +15,7 @@ from dpo_kit import builtin, engine, prepare, worker
 from dpo_kit.config import Config
 from dpo_kit.engine import Engine
 from dpo_kit.files import atomic_write, to_json
-from dpo_kit.parallel import World, init_world
+from dpo_kit.parallel import alone
 from dpo_kit.preferences import PairStore
 
 
@@ -45,7 +41,7 @@ def score(
         builtin.ensure(path)
     prepare.check_tokenizers(config)
     cuda = torch.cuda.is_available() and config.cluster.n_gpus_per_node != 0
-    with _alone(cuda) as world:
+    with alone(cuda=cuda) as world:
         policy = worker.load_model(
             config, config.actor.path, config.actor.dtype, world, [store], trainable=False
         )
@@ -55,22 +51,3 @@ def score(
         means, lines = engine.evaluate(state)
     atomic_write(out, "".join(to_json(line) + "\n" for line in lines))
     return means
-
-
-@contextlib.contextmanager
-def _alone(cuda: bool) -> Iterator[World]:
-    """A process group of this process; the environment is put back, for this may be a notebook or a test."""
-    mine = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    before = {name: os.environ.get(name) for name in mine}
-    os.environ.update(mine)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            yield init_world(cuda=cuda, init_method=f"file://{folder}/init")
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -78,16 +76,8 @@ def one_rank():
     if dist.is_initialized():
         yield parallel.init_world(cuda=False)
         return
-    old = {k: os.environ.get(k) for k in ("RANK", "WORLD_SIZE")}
-    os.environ.update(RANK="0", WORLD_SIZE="1")
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            yield parallel.init_world(cuda=False, init_method=f"file://{folder}/init")
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
-            for key, value in old.items():
-                os.environ.pop(key, None) if value is None else os.environ.update({key: value})
+    with parallel.alone(cuda=False) as world:
+        yield world
 
 
 def make_engine(world, config, train: PairStore, valid: PairStore | None = None) -> engine.Engine:

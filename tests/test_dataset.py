@@ -15,6 +15,7 @@ from dpo_kit import builtin, dataset, pairing, preferences
 from dpo_kit import config as config_module
 from dpo_kit.errors import DataError
 from dpo_kit.preferences import longest_common_prefix
+from tests.test_preferences import brute_force
 from tests.toy_tokenizers import CHATML, TEMPLATES, save_tokenizer, toy_tokenizer
 
 REAL_PAIRS = Path(__file__).parents[2] / "shared" / "data" / "hh-rlhf" / "harmless-base-test.jsonl.gz"
@@ -539,15 +540,6 @@ def test_report_by_hand(tmp_path, toy, configure):
 
 
 # ---------------------------------------------------------------- the real pairs
-
-
-def brute_force(a, b) -> int:
-    n = 0
-    for x, y in zip(a, b, strict=False):
-        if x != y:
-            break
-        n += 1
-    return n
 
 
 @pytest.mark.skipif(not REAL_PAIRS.exists(), reason="the HH-RLHF pairs are not beside the project")
