@@ -1,0 +1,87 @@
+"""What pairs cost, by formula: parameters and FLOPs from a model's config.json. Plain arithmetic, no torch.
+
+One pair with prompt P and responses C and R (tokens), N_b body and N_h head parameters, a forward:
+
+    without sharing   2 N_b (2P + C + R) + A(P + C, 0) + A(P + R, 0) + 2 N_h S
+    shared            2 N_b (P + C + R)  + A(P + C, 0) + A(R, P)     + 2 N_h S
+
+with A(q, k0) = 4 L h hd (q k0 + q^2 / 2) for q queries after k0 earlier keys, and S scored tokens. A training
+step is three forwards; what is run again to save memory is no useful work. Not here: bytes and seconds
+(`estimate`), what is run in which order (`packing`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a decoder-only language model."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    tied: bool
+
+    @classmethod
+    def of(cls, config: dict[str, Any]) -> Shape:
+        """From the fields of a config.json (`config.to_dict()` of a loaded one)."""
+        heads, hidden = config["num_attention_heads"], config["hidden_size"]
+        return cls(
+            layers=config["num_hidden_layers"],
+            hidden=hidden,
+            intermediate=config["intermediate_size"],
+            heads=heads,
+            kv_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or hidden // heads,
+            vocab=config["vocab_size"],
+            tied=bool(config.get("tie_word_embeddings", False)),
+        )
+
+    @property
+    def block_params(self) -> int:
+        """Matrix parameters of one decoder block (norms and biases, below a thousandth, left out)."""
+        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        return attention + 3 * self.hidden * self.intermediate
+
+    @property
+    def body_params(self) -> int:
+        """N_b: matrix parameters of all blocks."""
+        return self.layers * self.block_params
+
+    @property
+    def head_params(self) -> int:
+        """N_h: parameters of the output layer."""
+        return self.hidden * self.vocab
+
+    @property
+    def params(self) -> int:
+        """Parameters that are stored: blocks, output layer, and the embedding unless it is the same matrix."""
+        return self.body_params + self.head_params * (1 if self.tied else 2)
+
+    def attention_flops(self, queries: int, earlier: int) -> float:
+        """A(q, k0): causal attention of q queries that also see k0 earlier keys, a forward, all layers."""
+        return 4.0 * self.layers * self.heads * self.head_dim * (queries * earlier + queries**2 / 2)
+
+    def pair_flops(self, lengths: Sequence[int], share: bool, scored: int | None = None) -> float:
+        """FLOPs of one forward over a pair.
+
+        Args:
+            lengths: (shared prefix, whole chosen text, whole rejected text), tokens.
+            share: whether the prefix is run once.
+            scored: tokens that get a log-prob; what follows the prefix when left out.
+        """
+        shared, chosen, rejected = lengths
+        if scored is None:
+            scored = chosen + rejected - 2 * shared
+        prefix = shared if share else 0
+        body = 2.0 * self.body_params * (chosen + rejected - prefix)
+        attention = self.attention_flops(chosen, 0) + self.attention_flops(rejected - prefix, prefix)
+        return body + attention + 2.0 * self.head_params * scored
