@@ -131,6 +131,11 @@ class PairStore:
             int(self.rejected_offsets[i + 1] - self.rejected_offsets[i]),
         )
 
+    def all_lengths(self) -> np.ndarray:
+        """`lengths(i)` of every pair as one array. Shape: (P, 3) int64, columns shared, chosen, rejected"""
+        texts = np.diff(self.chosen_offsets), np.diff(self.rejected_offsets)
+        return np.stack([np.asarray(column, np.int64) for column in (self.shared, *texts)], axis=1)
+
     @property
     def fingerprint(self) -> str:
         """sha256 of the arrays' content."""

@@ -78,6 +78,9 @@ def test_store_comes_back_as_written(tmp_path):
     assert first.chosen_ids.tolist() == [1, 1, 1, 1, 1, 2, 2, 2, 9]
     assert first.rejected_ids.tolist() == [1, 1, 1, 1, 1, 3, 3, 9]
     assert first.chosen_ids.dtype == np.int32
+    lengths = store.all_lengths()
+    assert (type(lengths), lengths.dtype) == (np.ndarray, np.int64)
+    assert lengths.tolist() == [[5, 9, 8], [0, 2, 1]] == [list(store.lengths(i)) for i in range(2)]
     assert (first.shared, first.prompt, first.context, first.index) == (5, 4, 4, 0)
     assert second.rejected_ids.tolist() == [9]
     assert second.index == 7
