@@ -8,13 +8,15 @@ TORCH_INDEX ?=
 PIP_INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX),)
 NOTEBOOK := notebooks/train.ipynb
 OUT := out.ipynb
+BENCH ?=
 
-.PHONY: help setup demo test check lab record clean
+.PHONY: help setup demo test check bench lab record clean
 
 help:
 	@echo "make demo    environment, then the training notebook on the embedded default (-> out.ipynb, out.html)"
 	@echo "make test    environment, then every test but those marked slow, gpu or evidence"
 	@echo "make check   format, lint, types, layers, recorded notebooks"
+	@echo "make bench   training speed against TRL on this machine (about 25 minutes on two cores); BENCH=options"
 	@echo "make lab     JupyterLab in notebooks/"
 	@echo "make record  render the notebooks again that tests compare with"
 
@@ -42,6 +44,10 @@ check: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+bench: setup
+	$(BIN)/pip install -q --disable-pip-version-check $(PIP_INDEX) -c constraints.txt -e ".[bench]"
+	$(BIN)/python benchmarks/bench.py $(BENCH)
 
 lab: setup
 	$(BIN)/jupyter lab --notebook-dir=.

@@ -1,0 +1,528 @@
+"""What the benchmarks share: models, pairs, the kit's engine, children, memory, and how a report is laid out.
+
+A benchmark script measures in children, one process a measurement, each told what to do by a job (a flat dict
+of plain values). Their results are kept in `runs/benchmarks/<script>.jsonl`, keyed by the job and by the kit's
+code: the same command again goes on where it was ended (`--fresh` measures anew).
+
+Not here: the other trainer that the kit is compared with (`trl_peer`), what is measured (the scripts).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from dpo_kit import builtin, costs
+from dpo_kit import config as config_module
+from dpo_kit.config import schema
+from dpo_kit.preferences import Pair, PairStore, open_store, write_store
+
+ROOT = Path(__file__).resolve().parent.parent
+WORK = ROOT / "runs" / "benchmarks"
+DATA = "../shared/data/hh-rlhf/harmless-base-test.jsonl.gz"
+LR, BETA, SEED = 5e-6, 0.1, 1
+# Dense bf16 peak of a chip by its data sheet, FLOP/s
+DATASHEET = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
+
+# Shapes of well-known models; `random:NAME` is one of them with random weights.
+SHAPES: dict[str, dict[str, Any]] = {
+    "toy": {"model_type": "llama", "sizes": (2, 64, 128, 4, 2, 16), "vocab_size": 512, "tied": True},
+    "toy-qwen2": {"model_type": "qwen2", "sizes": (2, 64, 160, 4, 2, 16), "vocab_size": 512, "tied": False},
+    "smollm2-135m": {
+        "model_type": "llama",
+        "sizes": (30, 576, 1536, 9, 3, 64),
+        "vocab_size": 49152,
+        "tied": True,
+    },
+    "qwen2-0.15b": {
+        "model_type": "qwen2",
+        "sizes": (12, 768, 3072, 12, 2, 64),
+        "vocab_size": 65536,
+        "tied": True,
+    },
+    "0.5b": {"model_type": "qwen2", "sizes": (24, 896, 4864, 14, 2, 64), "vocab_size": 151936, "tied": True},
+    "1.5b": {
+        "model_type": "qwen2",
+        "sizes": (28, 1536, 8960, 12, 2, 128),
+        "vocab_size": 151936,
+        "tied": True,
+    },
+    "7b": {
+        "model_type": "qwen2",
+        "sizes": (28, 3584, 18944, 28, 4, 128),
+        "vocab_size": 152064,
+        "tied": False,
+    },
+}
+
+
+# --- options and children -------------------------------------------------------------------------------------
+
+
+def parser(doc: str | None, *, model: str = builtin.SMOLLM2, pairs: int = 40) -> argparse.ArgumentParser:
+    """The options that every script has."""
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", default=model, help=f"built-in name, folder, or random:{{{','.join(SHAPES)}}}")
+    p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    p.add_argument("--pairs", type=int, default=pairs, help="number of pairs")
+    p.add_argument("--data", default=DATA, help="preference rows, relative to the project")
+    p.add_argument(
+        "--shape", default="", help="P/C/R: synthetic pairs of these lengths; P/C/R~S spreads them"
+    )
+    p.add_argument(
+        "--max-tokens", type=int, default=0, help="the kit's micro-batch budget (0: 4096, CUDA 32768)"
+    )
+    p.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override of the kit's config"
+    )
+    p.add_argument("--fresh", action="store_true", help="measure anew what an earlier command has measured")
+    p.add_argument("-o", "--output", help="write the report here too")
+    p.add_argument("--job", help=argparse.SUPPRESS)
+    return p
+
+
+def main(p: argparse.ArgumentParser, measure: Callable[[dict], Any], report: Callable[..., str]) -> int:
+    """Runs a script: as the parent it reports, as a child it measures one job.
+
+    Args:
+        measure: what a child does with its job; returns plain values.
+        report: (options, call) -> the finished markdown; `call(job)` is what a child measured.
+    """
+    o = p.parse_args()
+    if o.job:
+        result = measure(json.loads(o.job))
+        print("RESULT " + json.dumps(result), flush=True)
+        return 0
+    o.max_tokens = o.max_tokens or (32768 if has_cuda() else 4096)
+    o.set = [text for text in o.set if known(text)]
+    script = Path(sys.argv[0]).resolve()
+    text = report(o, lambda job, **options: measured(script, job, fresh=o.fresh, **options))
+    print(text)
+    if o.output:
+        Path(o.output).write_text(text + "\n", encoding="utf-8")
+    return 0
+
+
+def known(override: str) -> bool:
+    """Whether this version of the kit has the key; says so if not."""
+    key = override.partition("=")[0]
+    if schema.lookup(key) is None:
+        print(f"skipped {override}: this version of the kit has no {key}", file=sys.stderr, flush=True)
+    return schema.lookup(key) is not None
+
+
+class ChildFailed(Exception):
+    """A child ended without a result; the text is the end of what it said."""
+
+    @property
+    def out_of_memory(self) -> bool:
+        return "out of memory" in str(self).lower() or "can't allocate memory" in str(self).lower()
+
+
+_fresh_done: set[str] = set()
+
+
+def measured(script: Path, job: dict[str, Any], *, fresh: bool = False, env: dict | None = None) -> Any:
+    """What a child of `script` measures for `job`, or what it measured when it was asked before.
+
+    Raises:
+        ChildFailed: the child ended without a result.
+    """
+    path = WORK / f"{script.stem}.jsonl"
+    key = json.dumps({**job, "code": code_version(), "env": env}, sort_keys=True)
+    if path.exists() and (not fresh or key in _fresh_done):
+        for line in map(json.loads, path.read_text().splitlines()[::-1]):
+            if line["key"] == key:
+                return line["result"]
+    label = " ".join(str(job[k]) for k in ("side", "name", "repeat") if job.get(k, "") != "")
+    print(f"{datetime.datetime.now():%H:%M:%S} {script.stem}: {label}", file=sys.stderr, flush=True)
+    quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
+    child = subprocess.run(
+        [sys.executable, str(script), "--job", json.dumps(job)],
+        env={**os.environ, **quiet, **(env or {})},
+        capture_output=True,
+        text=True,
+        errors="replace",
+    )
+    lines = [line for line in child.stdout.splitlines() if line.startswith("RESULT ")]
+    if child.returncode != 0 or not lines:
+        raise ChildFailed(
+            f"{label} (exit {child.returncode}):\n{child.stdout[-1000:]}\n{child.stderr[-3000:]}"
+        )
+    result = json.loads(lines[-1].removeprefix("RESULT "))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"key": key, "result": result}) + "\n")
+    _fresh_done.add(key)
+    return result
+
+
+@functools.cache
+def code_version() -> str:
+    """A hash of the kit's and the benchmarks' code: a result of other code is not used again."""
+    digest = hashlib.sha256()
+    for folder in ("dpo_kit", "benchmarks"):
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+# --- models and pairs -----------------------------------------------------------------------------------------
+
+
+def model_folder(name: str, layers: int = 0) -> str:
+    """The folder of a model: a built-in name, a folder, or `random:SHAPE`, made on first use.
+
+    Args:
+        layers: another number of layers for a random model.
+    """
+    if not name.startswith("random:"):
+        return builtin.ensure(name)
+    shape = name.removeprefix("random:")
+    folder = WORK / "models" / (f"{shape}-{layers}" if layers else shape)
+    if not (folder / "config.json").exists():
+        _write_random(folder, SHAPES[shape], layers)
+    return str(folder)
+
+
+def _write_random(folder: Path, shape: dict[str, Any], layers: int) -> None:
+    """Config, seeded bf16 weights one file a block (so that no more is in memory), the tiny tokenizer."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    num_layers, hidden, intermediate, heads, kv_heads, head_dim = shape["sizes"]
+    config = AutoConfig.for_model(
+        shape["model_type"],
+        vocab_size=shape["vocab_size"],
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers or num_layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        max_position_embeddings=32768,
+        tie_word_embeddings=shape["tied"],
+    )
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(config)
+    config.architectures = [type(lm).__name__]
+    files: dict[str, list[tuple[str, Any]]] = {}
+    for name, value in lm.named_parameters():  # tied weights once
+        files.setdefault(".".join(name.split(".")[:3]) if ".layers." in name else "rest", []).append(
+            (name, value)
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    index = {}
+    for number, parts in enumerate(files.values(), start=1):
+        file = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        generator = torch.Generator().manual_seed(number)
+        tensors = {}
+        for name, value in parts:
+            if value.ndim == 1:
+                tensor = torch.full(value.shape, float("norm" in name))
+            else:
+                tensor = torch.empty(value.shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
+            tensors[name] = tensor.to(torch.bfloat16)
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(tensors, file)
+    index_text = json.dumps({"metadata": {}, "weight_map": index})
+    (folder / "model.safetensors.index.json").write_text(index_text)
+    builtin.load_tokenizer(builtin.TINY).save_pretrained(folder)
+    config.dtype = "bfloat16"
+    config.save_pretrained(folder)  # last: its presence says that the folder is whole
+
+
+def shape_of(folder: str) -> costs.Shape:
+    """The sizes of a model folder, for the formulas."""
+    return costs.Shape.of(json.loads((Path(folder) / "config.json").read_text()))
+
+
+def pair_store(o: argparse.Namespace, folder: str) -> PairStore:
+    """The pairs of a run, longest first: real rows, or synthetic ones when `--shape` says so."""
+    mark = hashlib.sha256(json.dumps([folder, o.pairs, o.data, o.shape]).encode()).hexdigest()[:12]
+    place = WORK / "pairs" / mark
+    if (place / "meta.json").exists():
+        return open_store(place)
+    made = synthetic_pairs(o.shape, o.pairs, shape_of(folder).vocab) if o.shape else _real_pairs(o, folder)
+    return write_pairs(
+        sorted(made, key=lambda p: -max(len(p.chosen_ids), len(p.rejected_ids))), place, folder
+    )
+
+
+def write_pairs(pairs: Sequence[Pair], place: Path, folder: str) -> PairStore:
+    """Writes pairs as a store, in the order given."""
+    both = {"chosen": [p.chosen_ids for p in pairs], "rejected": [p.rejected_ids for p in pairs]}
+    arrays = {f"{side}_ids": np.concatenate(ids) for side, ids in both.items()}
+    arrays |= {f"{side}_offsets": np.cumsum([0, *map(len, ids)]) for side, ids in both.items()}
+    for name in ("shared", "prompt", "context", "index"):
+        arrays[name] = np.array([getattr(p, name) for p in pairs])
+    return write_store(place, arrays, {"tokenizer": {"path": folder}, "report": {}})
+
+
+def _real_pairs(o: argparse.Namespace, folder: str) -> list[Pair]:
+    from dpo_kit import dataset
+
+    data = (ROOT / o.data).resolve()
+    tree = {
+        "actor": {"path": folder},
+        "ref": {},
+        "train_dataset": {"path": str(data), "num_rows": o.pairs + 8 + o.pairs // 4, "max_length": 2048},
+        "cluster": {"fileroot": str(WORK), "n_gpus_per_node": 0},
+    }
+    tree["ref"] = {"path": folder}
+    store = dataset.build(config_module.from_tree(tree, []))
+    if len(store) < o.pairs:
+        raise SystemExit(f"{o.data} has {len(store)} usable pairs, --pairs asks for {o.pairs}")
+    return [store.pair(i) for i in range(o.pairs)]
+
+
+def synthetic_pairs(shape: str, num_pairs: int, vocab: int) -> list[Pair]:
+    """Pairs of random tokens with prompt and response lengths P/C/R.
+
+    Args:
+        shape: `P/C/R`, or `P/C/R~S`: each length times exp(S * normal), so that means stay near P, C and R.
+    """
+    sizes, _, spread = shape.partition("~")
+    means, sigma = np.array([int(n) for n in sizes.split("/")]), float(spread or 0)
+    rng = np.random.default_rng(SEED)
+    pairs = []
+    for i in range(num_pairs):
+        factors = np.exp(sigma * rng.standard_normal(3) - sigma**2 / 2)
+        prompt, chosen, rejected = (int(n) for n in np.maximum(means * factors, 2))
+        ids = [rng.integers(3, min(vocab, 256), n, dtype=np.int32) for n in (prompt, chosen, rejected)]
+        ids[2][0] = ids[1][0] + 1  # the shared prefix ends here
+        texts = [np.concatenate([ids[0], response]) for response in ids[1:]]
+        pairs.append(Pair(*texts, shared=prompt, prompt=prompt, context=prompt, index=i))
+    return pairs
+
+
+def flops(shape: costs.Shape, store: PairStore, *, share: bool) -> float:
+    """Useful FLOPs of one training pass over a store: three forwards."""
+    return 3 * sum(shape.pair_flops(store.lengths(i), share) for i in range(len(store)))
+
+
+def padded_flops(shape: costs.Shape, store: PairStore, batch_size: int, *, all_positions: bool) -> float:
+    """FLOPs of one training pass over padded batches of whole texts in the store's order.
+
+    Args:
+        all_positions: every position runs through the output layer, also the prompt's and the padding's.
+    """
+    total = 0.0
+    for first in range(0, len(store), batch_size):
+        lengths = [store.lengths(i) for i in range(first, min(first + batch_size, len(store)))]
+        longest = max(max(c, r) for _, c, r in lengths)
+        own = sum(c + r - 2 * s for s, c, r in lengths)
+        scored = len(lengths) * 2 * longest if all_positions else own
+        total += len(lengths) * shape.pair_flops((0, longest, longest), False, 0)
+        total += 2.0 * shape.head_params * scored
+    return 3 * total
+
+
+# --- the kit's engine -----------------------------------------------------------------------------------------
+
+
+def kit_config(job: dict[str, Any], fileroot: Path) -> Any:
+    """The kit's configuration of a job: AdamW at a constant rate without decay, rows in store order."""
+    tree = {
+        "seed": SEED,
+        "actor": {
+            "path": job["model"],
+            "dtype": job["dtype"],
+            "beta": BETA,
+            "gradient_checkpointing": False,
+            "mb_spec": {"max_tokens_per_mb": job["max_tokens"]},
+            "optimizer": {
+                "lr": job.get("lr", LR),
+                "weight_decay": 0.0,
+                "lr_scheduler_type": "constant",
+                "warmup_steps_proportion": 0.0,
+                "gradient_clipping": 1.0,
+            },
+        },
+        "ref": {"path": job["model"], "first_step_check": "warn"},
+        "train_dataset": {"path": "sample", "batch_size": job["batch_size"], "shuffle": False},
+        "cluster": {"fileroot": str(fileroot), "n_gpus_per_node": 1 if has_cuda() else 0},
+        "total_train_epochs": 10_000,
+        "total_train_steps": job["steps"],
+    }
+    return config_module.from_tree(tree, job.get("set", []))
+
+
+@contextlib.contextmanager
+def kit_engine(job: dict[str, Any], store: PairStore, fileroot: Path) -> Iterator[tuple[Any, float]]:
+    """The engine of a job as a worker makes it, alone on this machine, and the seconds of its reference pass."""
+    import torch
+
+    from dpo_kit import engine, model, parallel, worker
+
+    torch.manual_seed(SEED)
+    config = kit_config(job, fileroot)
+    with parallel.alone(cuda=has_cuda()) as world:
+        policy = worker.load_model(
+            config, config.actor.path, config.actor.dtype, world, [store, None], trainable=True
+        )
+        model.disable_dropout(policy)
+        fields = {f.name for f in dataclasses.fields(engine.Engine)}
+        budgets = {name: job["max_tokens"] for name in ("actor_tokens", "ref_tokens") if name in fields}
+        state = engine.Engine(config, world, policy, train=store, valid=None, **budgets)
+        start = time.perf_counter()
+        worker.prepare_reference(state, fileroot)
+        synchronize()
+        yield state, time.perf_counter() - start
+
+
+def kit_train(state: Any, stepped: Callable[[dict], Any]) -> None:
+    """`engine.train`, with nothing around the steps but `stepped(record)`."""
+    from dpo_kit import engine
+
+    hooks = engine.Hooks(
+        stepped=stepped, evaluated=lambda *_: None, due=lambda *_: False, save=lambda _: None
+    )
+    engine.train(state, hooks)
+
+
+# --- devices, memory, time --------------------------------------------------------------------------------------
+
+
+def has_cuda() -> bool:
+    """Whether the benchmarks run on CUDA: always, where there is one."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def synchronize() -> None:
+    """Waits for the device, so that a clock read after it counts what was launched before it."""
+    if has_cuda():
+        import torch
+
+        torch.cuda.synchronize()
+
+
+def current_bytes() -> int:
+    """Memory in use now: allocated on CUDA, resident on a CPU."""
+    if has_cuda():
+        import torch
+
+        return torch.cuda.memory_allocated()
+    return psutil.Process().memory_info().rss
+
+
+def reset_peak() -> None:
+    """Starts a new high-water mark; on a CPU this needs Linux, elsewhere the mark is the process's."""
+    if has_cuda():
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes() -> int:
+    """The high-water mark since `reset_peak`."""
+    if has_cuda():
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def matmul_peak(dtype: str) -> float:
+    """FLOP/s of a large square matrix product on this device: the fastest of several."""
+    import torch
+
+    size = 8192 if has_cuda() else 2048
+    device = "cuda" if has_cuda() else "cpu"
+    a, b = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
+    seconds = []
+    for _ in range(12):
+        synchronize()
+        start = time.perf_counter()
+        a @ b
+        synchronize()
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)
+
+
+# --- the report -------------------------------------------------------------------------------------------------
+
+
+def spread(values: Sequence[float], form: str = ".2f") -> str:
+    """Median with min and max: `4.20 (4.15-4.31)`; one value as it is, none as a dash."""
+    if not values:
+        return "-"
+    middle = format(statistics.median(values), form)
+    return middle if len(values) == 1 else f"{middle} ({min(values):{form}}-{max(values):{form}})"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def head(title: str, *paragraphs: str) -> str:
+    """Title, date, the command, hardware and versions."""
+    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *map(shlex.quote, sys.argv[1:])])
+    packages = ("dpo-kit", "torch", "transformers", "trl")
+    versions = [f"{name} {v}" for name in packages if (v := _version(name))]
+    lines = [
+        f"# {title}",
+        f"{datetime.date.today().isoformat()}; `{command}`",
+        f"{hardware()}. Python {platform.python_version()}, {', '.join(versions)}, code {code_version()}.",
+        *paragraphs,
+    ]
+    return "\n\n".join(lines)
+
+
+def hardware() -> str:
+    """Processor, cores and memory, and the GPU where there is one."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    memory = psutil.virtual_memory().total / 2**30
+    text = f"{name}, {len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB"
+    if has_cuda():
+        import torch
+
+        text = f"{torch.cuda.get_device_name()}, {text}"
+    return text
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def gib(num_bytes: float) -> float:
+    """Bytes in GiB."""
+    return num_bytes / 2**30
