@@ -42,6 +42,7 @@ class Session:
     stop_at: float = 0.0
     leave: bool = False
     started_ranks: bool = False
+    halvings: int = 0  # of this supervisor, after ranks that ran out of memory
     owners_at: float = 0.0
     known: dict[str, float] = field(default_factory=dict)  # seconds of each phase in an earlier run
     written: dict[str, Any] = field(default_factory=dict)

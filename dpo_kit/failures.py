@@ -12,17 +12,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_kit import records
+from dpo_kit import halving, records
 
 _TAIL_BYTES = 8192
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A message of one line and whether a user's mistake is to blame."""
+    """A message of one line and whether a user's mistake is to blame.
+
+    Of a rank that ran out of memory, also who it was, what it said, and where (`section`, `step`).
+    """
 
     message: str
     mistake: bool = False
+    rank: int | None = None
+    cause: str = ""
+    out_of_memory: dict[str, Any] | None = None
 
 
 def child_failure(run_dir: Path, name: str, code: int | None) -> Failure:
@@ -55,7 +61,10 @@ def rank_failure(run_dir: Path, codes: list[int | None], *, stopping: bool) -> F
     cause = _cause(error, own[rank], run_dir / "logs" / f"rank-{rank}.log")
     row = f", data row {error['row']}" if error and error.get("row") is not None else ""
     mistake = bool(error and error["user_mistake"])
-    return Failure(f"rank {rank}: {cause}{row} (logs/rank-{rank}.log)", mistake)
+    memory = None
+    if own[rank] == halving.OUT_OF_MEMORY:
+        memory = (error or {}).get("out_of_memory") or {"section": "actor", "step": None}
+    return Failure(f"rank {rank}: {cause}{row} (logs/rank-{rank}.log)", mistake, rank, cause, memory)
 
 
 def _cause(error: dict[str, Any] | None, code: int | None, log: Path) -> str:

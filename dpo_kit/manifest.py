@@ -18,8 +18,9 @@ from typing import Any
 import psutil
 
 import dpo_kit
-from dpo_kit import devices
+from dpo_kit import devices, halving
 from dpo_kit.config import Config, project_root
+from dpo_kit.files import atomic_write, read_json, to_json
 
 _PACKAGES = (
     "torch",
@@ -54,13 +55,26 @@ def build(config: Config, *, named: bool, owner: str) -> dict[str, Any]:
 
 
 def repeat_command(run_dir: Path) -> str:
-    """The command that makes the same run again, under a fresh name."""
-    return f"dpo-kit train --config {shlex.quote(str(run_dir / 'config.yaml'))} trial_name=null"
+    """The command that makes the same run again, under a fresh name and with the micro-batches it settled on."""
+    return _command(run_dir, "trial_name=null")
 
 
 def continue_command(run_dir: Path) -> str:
     """The command that continues this very trial (until checkpoints exist, starts it anew)."""
-    return f"dpo-kit train --config {shlex.quote(str(run_dir / 'config.yaml'))} recover.mode=auto"
+    return _command(run_dir, "recover.mode=auto")
+
+
+def _command(run_dir: Path, *overrides: str) -> str:
+    config = shlex.quote(str(run_dir / "config.yaml"))
+    return " ".join([f"dpo-kit train --config {config}", *overrides, *halving.overrides(run_dir)])
+
+
+def write_commands(run_dir: Path) -> None:
+    """Brings the commands of `manifest.json` up to date with `budget.json`."""
+    made = read_json(run_dir / "manifest.json", {})
+    commands = {"command": repeat_command(run_dir), "continue": continue_command(run_dir)}
+    if commands != {name: made.get(name) for name in commands}:
+        atomic_write(run_dir / "manifest.json", to_json(made | commands, indent=2))
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:

@@ -5,6 +5,7 @@
         status.json                       the supervisor's word: state, step, phase, owner
         progress.json                     where the working process is (rank 0, prepare, samples)
         metrics.jsonl                     one line a step
+        budget.json                       tokens of a micro-batch, and every halving (halving)
         stop.json                         somebody asks the run to end
         lock.json                         the supervisor that owns the folder (locks)
         logs/rank-N.log  logs/rank-N.error.json
@@ -24,6 +25,7 @@ import random
 import shutil
 import socket
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,8 @@ _ANIMALS = "badger crane falcon finch fox heron lark lynx marten otter owl plove
 # Written by a run while it works: removed when a trial starts anew (see `clear`).
 _WORK_FILES = ("metrics.jsonl", "progress.json", "stop.json", "samples.jsonl", "data.json")
 _WORK_FOLDERS = ("logs", "evaluations", "tensorboard", "exports", "model")
+# Of these, what the ranks do not write, or what tells why an attempt ended.
+_KEPT_BETWEEN_ATTEMPTS = ("progress.json", "stop.json", "data.json", "logs")
 
 
 # ---------------------------------------------------------------- creating and finding run folders
@@ -152,18 +156,35 @@ def remove_folder(run_dir: Path) -> None:
 def clear(run_dir: Path) -> list[str]:
     """Removes what an earlier attempt wrote, so that the trial starts anew; names what it removed.
 
-    `config.yaml`, `manifest.json`, `checkpoints/` and the lock stay.
+    `config.yaml`, `manifest.json`, `budget.json`, `checkpoints/` and the lock stay.
     """
-    removed = []
-    for name in _WORK_FILES:
-        if (run_dir / name).exists():
-            (run_dir / name).unlink()
-            removed.append(name)
-    for name in _WORK_FOLDERS:
-        if (run_dir / name).is_dir() and any((run_dir / name).iterdir()):
-            removed.append(f"{name}/")
-        shutil.rmtree(run_dir / name, ignore_errors=True)
+    removed = _remove(run_dir, (*_WORK_FILES, *_WORK_FOLDERS))
     (run_dir / "logs").mkdir(exist_ok=True)
+    return removed
+
+
+def clear_training(run_dir: Path) -> list[str]:
+    """Removes what the ranks recorded, so that the same supervisor may start them anew; names what it removed.
+
+    Pairs, logs, requests to stop and the time that the phases took stay; the errors of ranks do not.
+    """
+    names = (*_WORK_FILES, *_WORK_FOLDERS)
+    removed = _remove(run_dir, [name for name in names if name not in _KEPT_BETWEEN_ATTEMPTS])
+    for error in (run_dir / "logs").glob("rank-*.error.json"):
+        error.unlink()
+    return removed
+
+
+def _remove(run_dir: Path, names: Iterable[str]) -> list[str]:
+    removed = []
+    for path in (run_dir / name for name in names):
+        if path.is_dir():
+            if any(path.iterdir()):
+                removed.append(f"{path.name}/")
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.exists():
+            path.unlink()
+            removed.append(path.name)
     return removed
 
 
@@ -255,7 +276,8 @@ def settle(status: dict[str, Any]) -> dict[str, Any]:
         cause = f"its supervisor (pid {supervisor.get('pid')}) ended without a word, killed from outside"
     else:
         cause = "its supervisor never started; see logs/supervisor.log"
-    return {**status, "state": "failed", "message": status.get("message") or cause}
+    before = f"; before that: {status['message']}" if status.get("message") else ""
+    return {**status, "state": "failed", "message": cause + before}
 
 
 def write_progress(
@@ -392,7 +414,13 @@ def one_line(error: BaseException) -> str:
     return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
 
 
-def write_rank_error(run_dir: Path, rank: int | str, exc: BaseException, row: int | None = None) -> None:
+def write_rank_error(
+    run_dir: Path,
+    rank: int | str,
+    exc: BaseException,
+    row: int | None = None,
+    out_of_memory: dict[str, Any] | None = None,
+) -> None:
     """Leaves the cause of a failure where the supervisor finds it; the traceback goes to the log.
 
     Args:
@@ -400,6 +428,7 @@ def write_rank_error(run_dir: Path, rank: int | str, exc: BaseException, row: in
         rank: the rank, or the name of another process of the run (`prepare`, `samples`).
         exc: what was raised.
         row: source row of the data that was being worked on, when known.
+        out_of_memory: `section` and `step` (`budget.OutOfMemory.facts`), when that was the cause.
     """
     record = {
         "rank": rank,
@@ -408,6 +437,7 @@ def write_rank_error(run_dir: Path, rank: int | str, exc: BaseException, row: in
         "type": type(exc).__name__,
         "user_mistake": isinstance(exc, UserError),
         "row": row,
+        "out_of_memory": out_of_memory,
         "at": time.time(),
     }
     name = f"rank-{rank}" if isinstance(rank, int) else rank

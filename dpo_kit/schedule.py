@@ -9,6 +9,7 @@ Not here: ranks and micro-batches (`packing`), the loop (`engine`).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,15 @@ def step_rows(config: Config, num_pairs: int, step: int) -> np.ndarray:
     epoch, at = divmod(step - 1, steps_per_epoch(config, num_pairs))
     size = config.train_dataset.batch_size
     return _epoch_order(config, num_pairs, epoch)[at * size : (at + 1) * size]
+
+
+def rows_by_step(config: Config, num_pairs: int) -> Iterator[np.ndarray]:
+    """`step_rows` of every step of the run in turn; an epoch's order is drawn once, not once a step."""
+    per_epoch, size = steps_per_epoch(config, num_pairs), config.train_dataset.batch_size
+    for first in range(0, num_steps(config, num_pairs), per_epoch):
+        order = _epoch_order(config, num_pairs, first // per_epoch)
+        for at in range(min(per_epoch, num_steps(config, num_pairs) - first)):
+            yield order[at * size : (at + 1) * size]
 
 
 def rows_of_run(config: Config, num_pairs: int) -> np.ndarray:

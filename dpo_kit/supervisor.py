@@ -7,10 +7,12 @@ Everything heavy is a child process; the supervisor imports neither torch nor da
 
     asked to stop (stop.json, SIGINT, SIGTERM), owner gone  ->  SIGTERM to the children; SIGKILL after
                                      cluster.grace_s, or at a second signal; `stopped` or `preempted`
+    a rank runs out of memory    ->  the others are killed; all start again with half the micro-batch, three
+                                     times at most (`halving`): that does not change a step's result
     a rank fails                 ->  the others are killed; `failed` with that rank's cause in one line
     the supervisor is killed     ->  the children end with it (`processes.die_with_parent`)
 
-Deliberately not here: what a rank does (worker), making run folders (launch), restarts after a failure.
+Deliberately not here: what a rank does (worker), making run folders (launch), restarts after other failures.
 """
 
 from __future__ import annotations
@@ -26,11 +28,12 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dpo_kit import config as config_module
-from dpo_kit import failures, locks, records, watch
+from dpo_kit import failures, halving, locks, manifest, records, watch
 from dpo_kit.attend import Session, ask, attend, child_variables, kill, look, merge, popen
 from dpo_kit.errors import UserError
 from dpo_kit.processes import identify
@@ -102,6 +105,7 @@ def _run(
     # A launcher that did not say who owns the run is this process in the foreground.
     if status.get("owner") is None:
         records.update_status(session.run_dir, owner={"kind": "foreground", **identify()})
+    manifest.write_commands(session.run_dir)  # the numbers of an attempt with another config are void
     look(session)
     if session.stop:
         return session.stop, "before it began", False
@@ -111,14 +115,13 @@ def _run(
     if code != 0:
         failure = failures.child_failure(session.run_dir, "prepare", code)
         return "failed", failure.message, failure.mistake
-    codes = _run_ranks(session, worker_module)
-    failed = failures.rank_failure(session.run_dir, codes, stopping=session.stop is not None)
+    codes, failed = _train(session, worker_module)
     if failed:
         return "failed", failed.message, failed.mistake
     if codes[0] != 0:
         return session.stop or "preempted", _how_stopped(session, codes), False
     _make_samples(session, samples_module)
-    return "done", "", False
+    return "done", _halved(session), False
 
 
 def _how_stopped(session: Session, codes: list[int | None]) -> str:
@@ -147,7 +150,7 @@ def _finish(session: Session, state: str, message: str) -> None:
         session.run_dir, state=state, message=message, ended_at=time.time(), phases=phases, ranks=[]
     )
     records.clear_stop(session.run_dir)
-    if state == "done":
+    if state == "done" and not session.halvings:  # the time of broken attempts is nobody's expectation
         watch.remember_seconds(Path(session.config.cluster.fileroot), session.kind, phases)
     if session.lines:
         session.lines.finish(status)
@@ -180,11 +183,92 @@ def _run_ranks(session: Session, module: str) -> list[int | None]:
                 if session.device == "cuda":
                     environment.pop("OMP_NUM_THREADS")
                 with open(session.run_dir / "logs" / f"rank-{rank}.log", "ab") as log:
+                    if session.halvings:
+                        log.write(f"--- after halving {session.halvings}\n".encode())
+                        log.flush()
                     ranks.append(popen([module, str(session.run_dir)], environment, log))
             records.update_status(session.run_dir, ranks=[process.pid for process in ranks])
             return attend(session, ranks, session.config.cluster.grace_s)
         finally:
             kill(ranks)
+
+
+# ---------------------------------------------------------------- running out of memory
+
+
+def _train(session: Session, module: str) -> tuple[list[int | None], failures.Failure | None]:
+    """Runs the ranks, after one ran out of memory with half the micro-batch; the last exit statuses and failure."""
+    while True:
+        codes = _run_ranks(session, module)
+        failed = failures.rank_failure(session.run_dir, codes, stopping=session.stop is not None)
+        if failed is None or failed.out_of_memory is None or session.stop:
+            return codes, failed
+        failed = _halve(session, failed, failed.out_of_memory)
+        if failed:
+            return codes, failed
+
+
+def _halve(session: Session, failed: failures.Failure, where: dict[str, Any]) -> failures.Failure | None:
+    """Halves the budget and makes ready to start the ranks again; the failure when there is nothing to halve."""
+    settled = halving.read(session.run_dir)
+    if where["section"] is None or not settled:
+        return failed  # micro-batches are not to blame
+    if session.halvings == halving.MOST_HALVINGS:
+        return replace(failed, message=f"{failed.message}; given up after {session.halvings} halvings")
+    entry = halving.halve(
+        session.run_dir,
+        section=where["section"],
+        rank=failed.rank or 0,
+        step=where["step"],
+        error=failed.cause,
+        online=session.config.ref.logps == "online",
+    )
+    if entry is None:
+        return replace(failed, message=_too_long(session, failed, settled["longest_pair"]))
+    session.halvings += 1
+    _rewind(session)
+    manifest.write_commands(session.run_dir)
+    told = (
+        f"rank {failed.rank} ran out of memory with {entry['from']:,} tokens a micro-batch;"
+        f" going on with {entry['to']:,} ({session.halvings} of {halving.MOST_HALVINGS})"
+    )
+    attempt = records.read_status(session.run_dir).get("attempt", 1) + 1
+    records.update_status(session.run_dir, attempt=attempt, step=0, ranks=[], message=told)
+    print(told, flush=True) if session.lines is None else session.lines.write(told)
+    return None
+
+
+def _rewind(session: Session) -> None:
+    """Brings the folder back to where the next attempt begins; a resume from a checkpoint hooks in here.
+
+    There are no checkpoints yet, so that is before the first step: what the ranks recorded is removed.
+    """
+    records.clear_training(session.run_dir)
+    records.write_progress(session.run_dir, phase="start ranks", step=0)
+
+
+def _too_long(session: Session, failed: failures.Failure, longest: int) -> str:
+    config = session.config
+    ways = [f"lower train_dataset.max_length = {config.train_dataset.max_length}"]
+    if config.actor.gradient_checkpointing is not True:
+        ways.insert(0, "use actor.gradient_checkpointing=true")
+    if config.actor.dtype != "bfloat16":
+        ways.append("use actor.dtype=bfloat16")
+    return (
+        f"rank {failed.rank} ran out of memory, and the longest pair alone ({longest:,} tokens) does not fit;"
+        f" {', or '.join(ways)} (logs/rank-{failed.rank}.log)"
+    )
+
+
+def _halved(session: Session) -> str:
+    """What a finished run says of its halvings."""
+    if not session.halvings:
+        return ""
+    first, last = (halving.read(session.run_dir)["halvings"][i] for i in (-session.halvings, -1))
+    return f"with {last['to']:,} tokens a micro-batch, after running out of memory with {first['from']:,}"
+
+
+# ---------------------------------------------------------------- samples
 
 
 def _make_samples(session: Session, module: str) -> None:

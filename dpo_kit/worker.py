@@ -1,19 +1,21 @@
 """What each rank runs: `python -m dpo_kit.worker RUN_DIR`, started by the supervisor.
 
 Reads the resolved config and the pair stores of a run folder, joins the other ranks, trains, and lets rank 0
-write what the run records. Exit status: 0 done, 3 stopped as asked, 2 a user's mistake, 1 anything else; for the
-last two the cause stands in `logs/rank-N.error.json`.
+write what the run records. Exit status: 0 done, 3 stopped as asked, 2 a user's mistake, 4 out of memory, 1
+anything else; for the last three the cause stands in `logs/rank-N.error.json`.
 
-Not here: building pairs, starting or ending processes, sampling text.
+Not here: writing the records (recorder), building pairs, starting or ending processes, sampling text.
 """
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import signal
 import sys
-import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,104 +23,30 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from dpo_kit import builtin, card, engine, model, processes, records, reference, schedule
+from dpo_kit import (
+    budget,
+    builtin,
+    card,
+    engine,
+    halving,
+    manifest,
+    memory,
+    model,
+    packing,
+    processes,
+    records,
+    reference,
+    schedule,
+)
 from dpo_kit import config as config_module
 from dpo_kit.config import Config
+from dpo_kit.costs import Shape
 from dpo_kit.engine import Engine, Hooks
 from dpo_kit.errors import UserError
-from dpo_kit.files import atomic_write, read_json, to_json
+from dpo_kit.files import read_json
 from dpo_kit.parallel import DTYPES, World, init_world
 from dpo_kit.preferences import PairStore, open_store
-
-PROGRESS_EVERY_S = 0.2
-
-
-class Recorder:
-    """Rank 0 writes what the run records; the other ranks keep quiet. One instance a rank."""
-
-    def __init__(self, run_dir: Path, config: Config, world: World):
-        self.run_dir, self.config, self.world = run_dir, config, world
-        self.due_at: dict[str, float] = {}
-        self.shown: tuple[str, float] = ("", 0.0)
-        self.untold: dict[str, Any] | None = None
-        self.tensorboard = (
-            _tensorboard(run_dir) if world.is_main and config.stats_logger.tensorboard else None
-        )
-
-    def progress(
-        self, phase: str, done: int = 0, total: int | None = None, *, step: int | None = None
-    ) -> None:
-        """Shows where the run is; at most a few times a second within one phase."""
-        now = time.monotonic()
-        total_steps = total if phase == "first step" else None
-        self.untold = {"phase": phase, "done": done, "total": total, "step": step, "total_steps": total_steps}
-        if phase != self.shown[0] or now - self.shown[1] > PROGRESS_EVERY_S or done == total:
-            self.shown = (phase, now)
-            self.flush()
-
-    def flush(self) -> None:
-        """Shows what `progress` held back, so that a run that ends early says at which step."""
-        if self.world.is_main and self.untold:
-            records.write_progress(self.run_dir, **self.untold)
-        self.untold = None
-
-    def record(self, values: dict[str, Any]) -> None:
-        """Appends one line to `metrics.jsonl` and to the TensorBoard events."""
-        if not self.world.is_main:
-            return
-        records.append_metrics(self.run_dir, values)
-        if self.tensorboard:
-            for name, value in values.items():
-                if name != "step" and value is not None:
-                    self.tensorboard.add_scalar(name, value, values["step"])
-            self.tensorboard.flush()
-
-    def write_evaluation(self, step: int, means: dict[str, Any], pairs: list[dict[str, Any]]) -> None:
-        """Records the means of an evaluation and its per-pair lines (`evaluations/step-N.jsonl`)."""
-        if self.world.is_main:
-            folder = self.run_dir / "evaluations"
-            folder.mkdir(exist_ok=True)
-            atomic_write(folder / f"step-{step}.jsonl", "".join(to_json(pair) + "\n" for pair in pairs))
-        self.record({"step": step, **means})
-
-    def write_weights(self, fingerprints: dict[str, str]) -> None:
-        """Adds what the run starts from to its manifest."""
-        if self.world.is_main:
-            made = read_json(self.run_dir / "manifest.json", {})
-            made["weights"] = {
-                name: {"path": getattr(self.config, name).path, "fingerprint": fingerprint}
-                for name, fingerprint in fingerprints.items()
-            }
-            atomic_write(self.run_dir / "manifest.json", to_json(made, indent=2))
-
-    def due(self, section: str, step: int, steps_per_epoch: int) -> bool:
-        """Whether `saver` or `evaluator` is due after a step; rank 0's clock decides for all ranks."""
-        freq = getattr(self.config, section)
-        if freq.freq_steps and step % freq.freq_steps == 0:
-            return True
-        if freq.freq_epochs and step % (freq.freq_epochs * steps_per_epoch) == 0:
-            return True
-        if not freq.freq_secs:
-            return False
-        now = torch.tensor(time.time(), dtype=torch.float64)
-        if self.world.size > 1:
-            dist.broadcast(now, 0)
-        due = float(now) >= self.due_at.setdefault(section, float(now) + freq.freq_secs)
-        if due:
-            self.due_at[section] = float(now) + freq.freq_secs
-        return due
-
-
-def _tensorboard(run_dir: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        print(
-            'no TensorBoard events: pip install "dpo-kit[tracking]"; metrics.jsonl has every number',
-            flush=True,
-        )
-        return None
-    return SummaryWriter(str(run_dir / "tensorboard"))
+from dpo_kit.recorder import Recorder
 
 
 def run(run_dir: Path, world: World, should_stop: Any) -> None:
@@ -127,37 +55,48 @@ def run(run_dir: Path, world: World, should_stop: Any) -> None:
     Raises:
         engine.Stopped: a stop was asked for; the weights so far are in `exports/`.
         UserError: config, data or numbers do not allow the run.
+        budget.OutOfMemory: memory ran out, of the device or of the host.
     """
     config = config_module.load(run_dir / "config.yaml")
     recorder = Recorder(run_dir, config, world)
     recorder.progress("load model")
+    try:
+        _run(run_dir, config, world, recorder, should_stop)
+    except Exception as error:
+        if not budget.is_out_of_memory(error):
+            raise
+        settled = halving.read(run_dir)
+        raise budget.OutOfMemory(recorder.phase, error, step=recorder.step, tokens=settled) from error
+
+
+def _run(run_dir: Path, config: Config, world: World, recorder: Recorder, should_stop: Any) -> None:
     torch.manual_seed(config.seed)
     torch.use_deterministic_algorithms(config.actor.deterministic)
     data = read_json(run_dir / "data.json")
     train = open_store(Path(data["train"]))
     valid = open_store(Path(data["valid"])) if data.get("valid") else None
     check_micro_batch(config, train)
-    dtype = DTYPES[config.actor.dtype]
-    policy = load_model(config, config.actor.path, config.actor.dtype, world, [train, valid], trainable=True)
-    if config.actor.disable_dropout:
-        model.disable_dropout(policy)
+    free = budget.free_bytes(world)
     state = Engine(
         config=config,
         world=world,
-        policy=policy,
+        policy=load_policy(config, world, train, valid),
         train=train,
         valid=valid,
         should_stop=should_stop,
         progress=recorder.progress,
     )
-    weights = prepare_reference(state, Path(config.cluster.fileroot))
-    recorder.write_weights(weights)
+    settle_budget(run_dir, state, free)
+    recorder.write_weights(prepare_reference(state, Path(config.cluster.fileroot)))
     tokenizer = builtin.load_tokenizer(builtin.ensure(config.tokenizer_path or config.actor.path))
     end_token_id = int(train.pair(0).chosen_ids[-1])
+    dtype = DTYPES[config.actor.dtype]
 
     def save(folder: Path) -> None:
         text = card.model_card(config, records.read_metrics(run_dir)) if world.is_main else ""
-        model.export(policy, folder, tokenizer, world, dtype=dtype, end_token_id=end_token_id, card=text)
+        model.export(
+            state.policy, folder, tokenizer, world, dtype=dtype, end_token_id=end_token_id, card=text
+        )
 
     best = math.inf
 
@@ -184,7 +123,7 @@ def run(run_dir: Path, world: World, should_stop: Any) -> None:
 
 def check_micro_batch(config: Config, train: PairStore) -> None:
     """Refuses a micro-batch budget that the longest pair does not fit in."""
-    longest = max(engine.pair_cost(train.lengths(i), config.actor.share_prompt) for i in range(len(train)))
+    longest = int(budget.pair_costs(train, config.actor.share_prompt).max())
     for name, spec in (("actor", config.actor.mb_spec), ("ref", config.ref.mb_spec)):
         tokens = spec.max_tokens_per_mb
         if tokens != "auto" and longest > int(tokens):
@@ -192,6 +131,85 @@ def check_micro_batch(config: Config, train: PairStore) -> None:
                 f"{name}.mb_spec.max_tokens_per_mb = {tokens} is less than the longest pair ({longest} tokens); "
                 f"use {longest} or more, or lower train_dataset.max_length = {config.train_dataset.max_length}"
             )
+
+
+# ---------------------------------------------------------------- the budget of micro-batches
+
+
+def settle_budget(run_dir: Path, state: Engine, free: int) -> None:
+    """Settles how many tokens a micro-batch may have, tells the engine, and writes it to the run.
+
+    Args:
+        state: gets `actor_tokens` and `ref_tokens`; on one CUDA rank its policy may be loaded again.
+        free: bytes of this rank before the policy was loaded (`budget.free_bytes`).
+    """
+    config, world = state.config, state.world
+    shape = Shape.of(state.policy.lm.config.to_dict())
+    costs = budget.pair_costs(state.train, config.actor.share_prompt)
+    on_cuda = world.device.type == "cuda"
+    before = halving.read(run_dir)
+    made = budget.settle(config, world, shape=shape, costs=costs, free=free, before=before, on_cuda=on_cuda)
+    _write_budget(run_dir, world, made)
+    if on_cuda and config.actor.mb_spec.max_tokens_per_mb == "auto":
+        made = budget.measured(made, config, costs, world.size, _trial(state, shape, made))
+        _write_budget(run_dir, world, made)
+    state.actor_tokens, state.ref_tokens = made["actor"], made["ref"]
+    if world.is_main:
+        print(budget.told(made), flush=True)
+
+
+def _write_budget(run_dir: Path, world: World, made: dict[str, Any]) -> None:
+    if world.is_main:
+        halving.write(run_dir, made)
+        manifest.write_commands(run_dir)
+    world.barrier()
+
+
+def _trial(state: Engine, shape: Shape, made: dict[str, Any]) -> Callable[[list[int]], None]:
+    """What `budget.measured` runs: a micro-batch of these rows, beside room for what the first step brings.
+
+    FSDP is of no use after an error in mid-pass: a rank alone loads its policy again before the next try. Of
+    several, one may run out of memory while the others wait in a collective: there the error ends the ranks,
+    and the supervisor halves and starts them again.
+    """
+    config, world = state.config, state.world
+    broken = False
+
+    def try_rows(rows: list[int]) -> None:
+        nonlocal broken
+        if broken:
+            gc.collect()
+            torch.cuda.empty_cache()
+            state.policy = load_policy(config, world, state.train, state.valid)
+        broken = True
+        reserve = budget.optimizer_bytes(state.policy)
+        if config.ref.logps == "online":
+            reserve += memory.DTYPE_BYTES[config.ref.dtype] * shape.params // world.size
+        try:
+            with budget.leaving_no_trace(state.policy, reserve):
+                run_micro_batch(state, rows)
+        except Exception as error:
+            if not budget.is_out_of_memory(error):
+                raise
+            if world.size > 1:
+                raise budget.OutOfMemory("measuring", error, section="actor", tokens=made) from error
+            del state.policy  # its memory is needed for the next try
+            raise
+        broken = False
+
+    return try_rows
+
+
+def run_micro_batch(state: Engine, rows: list[int]) -> None:
+    """Runs pairs as one micro-batch forward and backward, twice: in a step, gradients of earlier ones lie there."""
+    share = state.config.actor.share_prompt
+    batch = packing.pack([state.train.pair(row) for row in rows], rows, share=share).to(state.world.device)
+    for _ in range(2):
+        chosen, rejected = engine.response_logps(state.policy, batch)
+        (chosen - rejected).sum().backward()
+
+
+# ---------------------------------------------------------------- the reference and the models
 
 
 def prepare_reference(state: Engine, fileroot: Path, train_rows: np.ndarray | None = None) -> dict[str, str]:
@@ -223,9 +241,8 @@ def prepare_reference(state: Engine, fileroot: Path, train_rows: np.ndarray | No
     needs = [(state.train, train_rows)]
     if state.valid is not None:
         needs.append((state.valid, np.arange(len(state.valid))))
-    keys = [reference.pair_keys(store, rows) for store, rows in needs]
-    values, found = map(list, zip(*(reference.lookup(folder, k) for k in keys), strict=True))
-    num_pairs, num_missing = sum(map(len, keys)), sum(int((~f).sum()) for f in found)
+    keys, values, found = map(list, zip(*(_look_up(world, folder, *need) for need in needs), strict=True))
+    num_pairs, num_missing = sum(map(len, values)), sum(int((~f).sum()) for f in found)
     if world.is_main:
         print(f"reference: {num_pairs - num_missing} of {num_pairs} pairs from the cache", flush=True)
     if num_missing:
@@ -249,6 +266,23 @@ def prepare_reference(state: Engine, fileroot: Path, train_rows: np.ndarray | No
     return weights
 
 
+def _look_up(
+    world: World, folder: Path, store: PairStore, rows: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Keys (rank 0's alone are used), values and mask of what the cache holds; rank 0 looks for all.
+
+    Were each rank to look for itself, a run that writes meanwhile could give them different gaps to fill.
+    """
+    keys = reference.pair_keys(store, rows) if world.is_main else np.empty((0, 16), np.uint8)
+    table = torch.empty(len(rows), 3, dtype=torch.float64)
+    if world.is_main:
+        values, found = reference.lookup(folder, keys)
+        table = torch.from_numpy(np.column_stack([values, found]))
+    if world.size > 1:
+        dist.broadcast(table, 0)
+    return keys, table[:, :2].numpy().copy(), table[:, 2].numpy().astype(bool)
+
+
 def _spread(values: np.ndarray, rows: np.ndarray, num_pairs: int) -> np.ndarray:
     """Values of some rows as a table of all rows; NaN where no step needs them."""
     table = np.full((num_pairs, values.shape[1]), np.nan)
@@ -261,11 +295,20 @@ def _load_reference(state: Engine) -> model.PairModel:
     return load_model(c, c.ref.path, c.ref.dtype, state.world, [state.train, state.valid], trainable=False)
 
 
+def load_policy(config: Config, world: World, train: PairStore, valid: PairStore | None) -> model.PairModel:
+    """The policy of a run, ready to be trained."""
+    actor = config.actor
+    policy = load_model(config, actor.path, actor.dtype, world, [train, valid], trainable=True)
+    if actor.disable_dropout:
+        model.disable_dropout(policy)
+    return policy
+
+
 def load_model(
     config: Config, path: str, dtype: str, world: World, stores: list[PairStore | None], *, trainable: bool
 ) -> model.PairModel:
     """The policy or the reference of a run, ready to score its pairs."""
-    longest = max(max(s.lengths(i)[1:]) for s in stores if s is not None for i in range(len(s)))
+    longest = max(int(store.all_lengths()[:, 1:].max()) for store in stores if store is not None)
     return model.load(
         builtin.ensure(path),
         world,
@@ -294,13 +337,17 @@ def main(run_dir: Path) -> int:
         run(run_dir, world, lambda: stop)
     except engine.Stopped:
         status = 3
+    except UserError as error:
+        records.write_rank_error(run_dir, rank, error)
+        status = 2
+    except budget.OutOfMemory as error:
+        records.write_rank_error(run_dir, rank, error, out_of_memory=error.facts)
+        traceback.print_exc()
+        status = halving.OUT_OF_MEMORY
     except BaseException as error:
         records.write_rank_error(run_dir, rank, error)
-        status = 2 if isinstance(error, UserError) else 1
-        if status == 1:
-            import traceback
-
-            traceback.print_exc()
+        traceback.print_exc()
+        status = 1
     else:
         status = 0
     if status in (0, 3):

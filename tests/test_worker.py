@@ -185,8 +185,9 @@ def test_each_rank_has_its_log(smoke):
     logs = sorted(path.name for path in (smoke / "logs").iterdir())
     assert logs == ["prepare.log", "rank-0.log", "rank-1.log", "samples.log"]
     first = (smoke / "logs" / "rank-0.log").read_text().splitlines()
-    assert first[0] == "reference: 0 of 48 pairs from the cache"
-    assert first[1].startswith("first step: loss 0.693147, expected 0.693147 while policy = reference")
+    assert first[0].startswith("micro-batches: actor 4,096 tokens (config), ref 4,096 tokens (config); the longest")
+    assert first[1] == "reference: 0 of 48 pairs from the cache"
+    assert first[2].startswith("first step: loss 0.693147, expected 0.693147 while policy = reference")
     assert (smoke / "logs" / "rank-1.log").read_text() == ""
 
 

@@ -1,0 +1,266 @@
+"""Tokens of a micro-batch, settled before the first step; every rank gets the same numbers.
+
+    a number in the config   taken as it is
+    auto on the CPU          what `memory.tokens_that_fit` says, at most 4,096: a CPU is at its fastest there
+    auto on CUDA             the same, at most 65,536; then the largest planned micro-batch of the run goes
+                             forward and backward, halved until it fits
+    after a halving          the halved number of `budget.json` takes the estimate's place
+
+Deliberately not here: what is run to try it (worker), `budget.json` and its halvings (halving), bytes (memory).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from dpo_kit import halving, memory, schedule
+from dpo_kit.config import Config
+from dpo_kit.costs import Shape
+from dpo_kit.packing import pair_cost, plan_step
+from dpo_kit.parallel import World, masters
+from dpo_kit.preferences import PairStore
+
+CPU_TOKENS = 4096
+CUDA_TOKENS = 65536
+# A micro-batch that is as full as this ends the search for the largest one.
+_FULL = 0.99
+# What the allocators of the CPU and of libraries beside torch's own say.
+_WORDS = (
+    "DefaultCPUAllocator",
+    "can't allocate memory",
+    "not enough memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+# Where micro-batches run, and whose budget they run under.
+_SECTIONS = {"reference pass": "ref", "evaluation": "actor", "first step": "actor", "training": "actor"}
+
+
+class OutOfMemory(Exception):
+    """A rank ran out of memory.
+
+    Args:
+        phase: one of `records.PHASES`.
+        cause: what was raised.
+        step: the step at hand; None before the first.
+        section: whose budget to halve; None finds out, and stays None where micro-batches are not to blame.
+        tokens: its number, where it is settled.
+    """
+
+    def __init__(
+        self,
+        phase: str,
+        cause: BaseException,
+        *,
+        step: int | None = None,
+        section: str | None = None,
+        tokens: dict[str, int] | None = None,
+    ):
+        section = section or _SECTIONS.get(phase)
+        self.facts = {"section": section, "step": step}
+        at = phase + (f", step {step}" if step else "")
+        said = f"{type(cause).__name__}: {' '.join(str(cause).split())[:160]}"
+        remedy = "use actor.dtype=bfloat16, more ranks, or a machine with more memory"
+        if section and tokens:
+            number = tokens[section]
+            at += f", with {number:,} tokens a micro-batch"
+            remedy = f"lower {section}.mb_spec.max_tokens_per_mb = {number}"
+        super().__init__(f"{at} ({said}); {remedy}")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that memory ran out, on the device or on the host."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS)
+
+
+def free_bytes(world: World) -> int:
+    """Memory that this rank may use: its device's, or its part of the machine's. Ask before loading weights."""
+    if world.device.type == "cuda":
+        return torch.cuda.mem_get_info(world.device)[0]
+    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
+
+
+def pair_costs(store: PairStore, share: bool) -> np.ndarray:
+    """Tokens run for each pair of a store. Shape: (P,) int64"""
+    shared, chosen, rejected = store.all_lengths().T
+    return np.asarray(pair_cost((shared, chosen, rejected), share))  # type: ignore[arg-type]
+
+
+def largest_micro_batch(
+    config: Config, costs: np.ndarray, num_ranks: int, max_tokens: int
+) -> tuple[int, list[int]]:
+    """The largest micro-batch that any step of the run will have on any rank (to 1 %): its tokens and its pairs.
+
+    Args:
+        config: decides which pairs a step takes.
+        costs: tokens run for each pair of the training store. Shape: (P,)
+        num_ranks: data-parallel ranks.
+        max_tokens: the budget.
+    """
+    largest, found = 0, [int(costs.argmax())]
+    for rows in schedule.rows_by_step(config, len(costs)):
+        here = costs[rows]
+        # What the fullest rank may get at most: most steps need no plan to be ruled out.
+        bound = min(here.sum(), here.sum() / num_ranks + here.max())
+        if bound <= largest:
+            continue
+        for members in (m for plan in plan_step(here.tolist(), num_ranks, max_tokens) for m in plan if m):
+            tokens = int(here[members].sum())
+            if tokens > largest:
+                largest, found = tokens, [int(rows[i]) for i in members]
+        if largest >= _FULL * max_tokens:
+            break
+    return largest, found
+
+
+def settle(
+    config: Config,
+    world: World,
+    *,
+    shape: Shape,
+    costs: np.ndarray,
+    free: int,
+    before: dict[str, Any],
+    on_cuda: bool,
+) -> dict[str, Any]:
+    """The budget of a run as configured or estimated; the same on every rank. A collective.
+
+    Args:
+        shape: of the policy.
+        costs: tokens run for each pair of the training store. Shape: (P,)
+        free: bytes of this rank (`free_bytes`).
+        before: what `halving.read` gives; its numbers stand when it holds halvings.
+        on_cuda: where the ranks run.
+
+    Returns:
+        The content of `budget.json` (see `halving`); `source` is `config` or `estimated`.
+    """
+    longest = int(costs.max())
+    most = CUDA_TOKENS if on_cuda else CPU_TOKENS
+    fitting = memory.tokens_that_fit(shape, config, num_ranks=world.size, free_bytes=free)
+    estimate = _least(world, max(longest, min(fitting, most)))
+    asked = {name: getattr(config, name).mb_spec.max_tokens_per_mb for name in halving.SECTIONS}
+    numbers = {name: estimate if word == "auto" else int(word) for name, word in asked.items()}
+    halvings = before.get("halvings", [])
+    if halvings:
+        numbers = {name: before[name] for name in halving.SECTIONS}
+    largest, _ = largest_micro_batch(config, costs, world.size, numbers["actor"])
+    return {
+        **numbers,
+        "source": {name: "estimated" if word == "auto" else "config" for name, word in asked.items()},
+        "asked": asked,
+        "longest_pair": longest,
+        "largest": {"actor": largest, "ref": numbers["ref"] if on_cuda else min(numbers["ref"], CPU_TOKENS)},
+        "halvings": halvings,
+    }
+
+
+def told(made: dict[str, Any]) -> str:
+    """One line on the numbers of a run and where they are from."""
+    parts = [f"{name} {made[name]:,} tokens ({made['source'][name]})" for name in halving.SECTIONS]
+    halvings = len(made["halvings"])
+    after = f", after {halvings} halving{'s' if halvings > 1 else ''}" if halvings else ""
+    return f"micro-batches: {', '.join(parts)}{after}; the longest pair has {made['longest_pair']:,}"
+
+
+def _least(world: World, number: int) -> int:
+    """The least of the ranks' numbers. A collective (on the CPU)."""
+    least = torch.tensor(number)
+    if world.size > 1:
+        dist.all_reduce(least, dist.ReduceOp.MIN)
+    return int(least)
+
+
+def measured(
+    made: dict[str, Any], config: Config, costs: np.ndarray, num_ranks: int, run: Callable[[list[int]], None]
+) -> dict[str, Any]:
+    """The budget after the largest planned micro-batch really ran: halved until it fits.
+
+    Args:
+        made: from `settle`; `actor` is `auto`.
+        costs: as for `settle`.
+        run: runs the micro-batch of these rows forward and backward, or raises for want of memory.
+
+    Raises:
+        OutOfMemory: not even the longest pair fits.
+    """
+    floor, tokens = made["longest_pair"], made["actor"]
+    while True:
+        largest, rows = largest_micro_batch(config, costs, num_ranks, tokens)
+        failed = _out_of_memory(run, rows)
+        if failed is None:
+            break
+        less = halving.half(tokens, floor, largest)
+        if less >= tokens:
+            raise OutOfMemory("measuring", failed, section="actor", tokens={"actor": tokens})
+        tokens = less
+    source = {**made["source"], "actor": "measured"}
+    changed = {"actor": tokens, "source": source, "largest": {**made["largest"], "actor": largest}}
+    if made["asked"]["ref"] == "auto":
+        changed["ref"] = changed["largest"]["ref"] = min(made["ref"], tokens)
+        source["ref"] = "measured"
+    return {**made, **changed}
+
+
+def _out_of_memory(run: Callable[[list[int]], None], rows: list[int]) -> BaseException | None:
+    """The error of running out of memory, without the frames that hold the memory; None when it fits."""
+    try:
+        run(rows)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return error.with_traceback(None)
+    return None
+
+
+@contextlib.contextmanager
+def leaving_no_trace(policy: nn.Module, reserve_bytes: int = 0) -> Iterator[None]:
+    """What runs inside leaves weights as they are; its gradients are dropped and the random numbers put back.
+
+    Args:
+        policy: sharded.
+        reserve_bytes: room that is kept from what runs inside, on the policy's device.
+    """
+    parameters = list(masters(policy).values())
+    device = parameters[0].device
+    on_cuda = device.type == "cuda"
+    before = torch.get_rng_state(), torch.cuda.get_rng_state(device) if on_cuda else None
+    try:
+        room: Any = torch.empty(reserve_bytes, dtype=torch.uint8, device=device)
+        yield
+    finally:
+        room = None  # noqa: F841 - given back before the cache is emptied
+        for parameter in parameters:
+            parameter.grad = None
+        torch.set_rng_state(before[0])
+        if before[1] is not None:
+            torch.cuda.set_rng_state(before[1], device)
+            torch.cuda.empty_cache()
+
+
+def optimizer_bytes(policy: nn.Module, state_bytes: int = 4) -> int:
+    """Bytes of AdamW's two states of this rank, which come to be with the first step only.
+
+    Args:
+        state_bytes: of one value; a float64 weight keeps its states in float64.
+    """
+    total = 0
+    for parameter in masters(policy).values():
+        local: Any = parameter
+        local = local.to_local()
+        total += 2 * local.numel() * (8 if local.dtype == torch.float64 else state_bytes)
+    return total

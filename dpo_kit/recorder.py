@@ -1,0 +1,113 @@
+"""What a rank records while it works: progress, metrics, TensorBoard events, evaluations, weights' fingerprints.
+
+Rank 0 writes, the others keep quiet. Not here: what is measured (`engine`), the files' formats (`records`).
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dpo_kit import records
+from dpo_kit.config import Config
+from dpo_kit.files import atomic_write, read_json, to_json
+from dpo_kit.parallel import World
+
+PROGRESS_EVERY_S = 0.2
+
+
+class Recorder:
+    """Rank 0 writes what the run records; the other ranks keep quiet. One instance a rank."""
+
+    def __init__(self, run_dir: Path, config: Config, world: World):
+        self.run_dir, self.config, self.world = run_dir, config, world
+        self.due_at: dict[str, float] = {}
+        self.phase = ""
+        self.shown: tuple[str, float] = ("", 0.0)
+        self.untold: dict[str, Any] | None = None
+        self.step: int | None = None  # the one at hand
+        self.tensorboard = (
+            _tensorboard(run_dir) if world.is_main and config.stats_logger.tensorboard else None
+        )
+
+    def progress(
+        self, phase: str, done: int = 0, total: int | None = None, *, step: int | None = None
+    ) -> None:
+        """Shows where the run is; at most a few times a second within one phase."""
+        now = time.monotonic()
+        self.phase = phase
+        if step is not None:
+            self.step = min(step + 1, total or step + 1)
+        total_steps = total if phase == "first step" else None
+        self.untold = {"phase": phase, "done": done, "total": total, "step": step, "total_steps": total_steps}
+        if phase != self.shown[0] or now - self.shown[1] > PROGRESS_EVERY_S or done == total:
+            self.shown = (phase, now)
+            self.flush()
+
+    def flush(self) -> None:
+        """Shows what `progress` held back, so that a run that ends early says at which step."""
+        if self.world.is_main and self.untold:
+            records.write_progress(self.run_dir, **self.untold)
+        self.untold = None
+
+    def record(self, values: dict[str, Any]) -> None:
+        """Appends one line to `metrics.jsonl` and to the TensorBoard events."""
+        if not self.world.is_main:
+            return
+        records.append_metrics(self.run_dir, values)
+        if self.tensorboard:
+            for name, value in values.items():
+                if name != "step" and value is not None:
+                    self.tensorboard.add_scalar(name, value, values["step"])
+            self.tensorboard.flush()
+
+    def write_evaluation(self, step: int, means: dict[str, Any], pairs: list[dict[str, Any]]) -> None:
+        """Records the means of an evaluation and its per-pair lines (`evaluations/step-N.jsonl`)."""
+        if self.world.is_main:
+            folder = self.run_dir / "evaluations"
+            folder.mkdir(exist_ok=True)
+            atomic_write(folder / f"step-{step}.jsonl", "".join(to_json(pair) + "\n" for pair in pairs))
+        self.record({"step": step, **means})
+
+    def write_weights(self, fingerprints: dict[str, str]) -> None:
+        """Adds what the run starts from to its manifest."""
+        if self.world.is_main:
+            made = read_json(self.run_dir / "manifest.json", {})
+            made["weights"] = {
+                name: {"path": getattr(self.config, name).path, "fingerprint": fingerprint}
+                for name, fingerprint in fingerprints.items()
+            }
+            atomic_write(self.run_dir / "manifest.json", to_json(made, indent=2))
+
+    def due(self, section: str, step: int, steps_per_epoch: int) -> bool:
+        """Whether `saver` or `evaluator` is due after a step; rank 0's clock decides for all ranks."""
+        freq = getattr(self.config, section)
+        if freq.freq_steps and step % freq.freq_steps == 0:
+            return True
+        if freq.freq_epochs and step % (freq.freq_epochs * steps_per_epoch) == 0:
+            return True
+        if not freq.freq_secs:
+            return False
+        now = torch.tensor(time.time(), dtype=torch.float64)
+        if self.world.size > 1:
+            dist.broadcast(now, 0)
+        due = float(now) >= self.due_at.setdefault(section, float(now) + freq.freq_secs)
+        if due:
+            self.due_at[section] = float(now) + freq.freq_secs
+        return due
+
+
+def _tensorboard(run_dir: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        print(
+            'no TensorBoard events: pip install "dpo-kit[tracking]"; metrics.jsonl has every number',
+            flush=True,
+        )
+        return None
+    return SummaryWriter(str(run_dir / "tensorboard"))
