@@ -116,7 +116,11 @@ def main(p: argparse.ArgumentParser, measure: Callable[[dict], Any], report: Cal
     o.max_tokens = o.max_tokens or (32768 if has_cuda() else 4096)
     o.set = [text for text in o.set if known(text)]
     script = Path(sys.argv[0]).resolve()
-    text = report(o, lambda job, **options: measured(script, job, fresh=o.fresh, **options))
+    try:
+        text = report(o, lambda job, **options: measured(script, job, fresh=o.fresh, **options))
+    except ChildFailed as error:
+        print(error, file=sys.stderr)
+        return 1
     print(text)
     if o.output:
         Path(o.output).write_text(text + "\n", encoding="utf-8")
