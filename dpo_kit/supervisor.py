@@ -234,7 +234,8 @@ def _halve(session: Session, failed: failures.Failure, where: dict[str, Any]) ->
     )
     attempt = records.read_status(session.run_dir).get("attempt", 1) + 1
     records.update_status(session.run_dir, attempt=attempt, step=0, ranks=[], message=told)
-    print(told, flush=True) if session.lines is None else session.lines.write(told)
+    if session.lines is None:
+        print(told, flush=True)
     return None
 
 

@@ -155,12 +155,17 @@ class Lines:
         self.last_at: float | None = None
         self.phase: str | None = None
         self.tenth = 0
+        self.told = ""
         self.seconds: dict[str, float] = {}
 
     def update(self, status: dict[str, Any]) -> None:
         """Prints what is due."""
         if status.get("state") not in ("queued", "running"):
             return
+        message = status.get("message") or ""
+        if message and message != self.told:  # the supervisor has something to say: ranks start again
+            self.told = message
+            self.write(message)
         now = time.monotonic()
         changed = status.get("phase") != self.phase
         if changed:

@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from dpo_kit import records
+from dpo_kit import halving, records
 from dpo_kit.errors import DataError
 
 
@@ -32,6 +32,16 @@ def act(run_dir, part, action, rank):
         os._exit(arguments[0])
     elif name == "kill":
         os.kill(os.getpid(), arguments[0])
+    elif name == "attempts":  # one list of actions for each attempt; the last one for those that follow
+        number = records.read_status(run_dir)["attempt"]
+        for inner in arguments[min(number, len(arguments)) - 1]:
+            act(run_dir, part, inner, rank)
+    elif name == "budget":
+        halving.write(run_dir, halving.read(run_dir) or arguments[0])
+    elif name == "out of memory":
+        error = RuntimeError("not enough memory")
+        records.write_rank_error(run_dir, rank, error, out_of_memory=arguments[0])
+        os._exit(halving.OUT_OF_MEMORY)
     elif name == "raise":
         error = {"DataError": DataError, "ValueError": ValueError, "RuntimeError": RuntimeError}[
             arguments[0]

@@ -406,3 +406,103 @@ def test_an_error_of_the_supervisor_itself_is_a_failed_run(make_run, capfd):
     atomic_write(run_dir / "progress.json", '{"phase": "training"}')
     assert supervise(run_dir, **MODULES) == 1
     assert records.read_status(run_dir)["message"].startswith("supervisor: KeyError")
+
+
+# ---------------------------------------------------------------- out of memory
+
+SETTLED = {
+    "actor": 8192,
+    "ref": 8192,
+    "source": {"actor": "estimated", "ref": "estimated"},
+    "asked": {"actor": "auto", "ref": "auto"},
+    "longest_pair": 900,
+    "largest": {"actor": 8000, "ref": 4096},
+    "halvings": [],
+}
+FULL = {"section": "actor", "step": 2}
+
+
+def broken(settled=SETTLED, where=FULL):
+    """An attempt that records two steps and an export, then runs out of memory."""
+    return [["budget", settled], ["train", 2, 0.02], ["sleep", 0.3], ["out of memory", where]]
+
+
+def test_a_rank_that_runs_out_of_memory_goes_on_with_half(make_run, capsys):
+    fails, works = broken(), [["train", 3, 0.02]]
+    others = [["deaf"], ["sleep", 600]]
+    run_dir = make_run(
+        {"0": [["attempts", others, fails, works]], "1": [["attempts", fails, others, works]]}, num_samples=0
+    )
+    assert supervise(run_dir, foreground=True, **MODULES) == 0
+    status = records.read_status(run_dir)
+    assert (status["state"], status["attempt"], status["step"], status["total_steps"]) == ("done", 3, 3, 3)
+    assert status["message"] == "with 2,048 tokens a micro-batch, after running out of memory with 8,192"
+    # Only the last attempt is on record, and no error of the others.
+    assert [record["step"] for record in records.read_metrics(run_dir)] == [1, 2, 3]
+    assert records.read_rank_errors(run_dir) == []
+    made = read_json(run_dir / "budget.json")
+    said = "RuntimeError: not enough memory"
+    assert (made["actor"], made["ref"]) == (2048, 8192)
+    assert made["halvings"] == [
+        {"section": "actor", "from": 8192, "to": 4096, "step": 2, "rank": 1, "error": said},
+        {"section": "actor", "from": 4096, "to": 2048, "step": 2, "rank": 0, "error": said},
+    ]
+    command = read_json(run_dir / "manifest.json")["command"]
+    assert command.endswith(
+        " trial_name=null actor.mb_spec.max_tokens_per_mb=2048 ref.mb_spec.max_tokens_per_mb=8192"
+    )
+    lines = capsys.readouterr().out.splitlines()
+    first = "rank 1 ran out of memory with 8,192 tokens a micro-batch; going on with 4,096 (1 of 3)"
+    second = "rank 0 ran out of memory with 4,096 tokens a micro-batch; going on with 2,048 (2 of 3)"
+    assert [line for line in lines if "ran out" in line] == [first, second]
+    assert "--- after halving 2" in (run_dir / "logs" / "rank-0.log").read_text()
+    assert not (tmp(run_dir) / ".cache" / "phase_seconds.json").exists()
+
+
+def test_three_halvings_at_most(make_run):
+    run_dir = make_run({"0": broken()}, num_ranks=1)
+    assert supervise(run_dir, **MODULES) == 1
+    status = records.read_status(run_dir)
+    assert (status["state"], status["attempt"]) == ("failed", 4)
+    assert status["message"] == (
+        "rank 0: RuntimeError: not enough memory (logs/rank-0.log); given up after 3 halvings"
+    )
+    assert [entry["to"] for entry in read_json(run_dir / "budget.json")["halvings"]] == [4096, 2048, 1024]
+
+
+def test_below_the_longest_pair_there_is_nothing_to_halve(make_run):
+    run_dir = make_run({"0": broken(SETTLED | {"longest_pair": 5000})}, num_ranks=1)
+    assert supervise(run_dir, **MODULES) == 1
+    status = records.read_status(run_dir)
+    assert status["attempt"] == 2
+    assert status["message"] == (
+        "rank 0 ran out of memory, and the longest pair alone (5,000 tokens) does not fit;"
+        " lower train_dataset.max_length = 2048 (logs/rank-0.log)"
+    )
+
+
+def test_memory_that_micro_batches_do_not_take_is_no_reason_to_halve(make_run):
+    run_dir = make_run({"0": broken(where={"section": None, "step": None})}, num_ranks=1)
+    assert supervise(run_dir, **MODULES) == 1
+    status = records.read_status(run_dir)
+    assert (status["attempt"], status["message"]) == (
+        1,
+        "rank 0: RuntimeError: not enough memory (logs/rank-0.log)",
+    )
+    assert read_json(run_dir / "budget.json")["halvings"] == []
+
+
+def test_a_run_that_is_being_stopped_is_not_started_again(make_run):
+    asked = [["budget", SETTLED], ["deaf"], ["train", 2, 0.02], ["sleep", 1.5], ["out of memory", FULL]]
+    run_dir = make_run({"0": asked}, num_ranks=1)
+
+    def stop():
+        until(lambda: steps(run_dir) >= 2)
+        records.request_stop(run_dir, "stopped")
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    supervise(run_dir, **MODULES)
+    thread.join()
+    assert records.read_status(run_dir)["attempt"] == 1
+    assert read_json(run_dir / "budget.json")["halvings"] == []
