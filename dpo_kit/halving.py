@@ -61,7 +61,7 @@ def half(tokens: int, floor: int, largest: int | None = None) -> int:
         largest: tokens of the largest micro-batch under that budget; a half above it would change nothing.
     """
     tokens //= 2
-    while largest is not None and tokens >= largest > floor:
+    while largest is not None and largest <= tokens > floor:
         tokens //= 2
     return max(floor, tokens)
 
