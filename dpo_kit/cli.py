@@ -101,6 +101,10 @@ def _parser() -> argparse.ArgumentParser:
     score = add("score", _score, "log-probs, rewards and loss of every pair, one JSON line each")
     score.add_argument("-o", "--out", required=True, metavar="FILE", help="where the lines go")
     score.add_argument("--split", default="train", choices=("train", "valid"))
+    told = "memory, tokens, time and disk of a run before it starts; refuses what cannot fit"
+    estimate = add("estimate", _estimate, told)
+    estimate.add_argument("--json", action="store_true", help="the numbers as JSON: bytes, seconds, tokens")
+    estimate.add_argument("--no-probe", action="store_true", help="no times: nothing is run")
     sample = add("sample", _sample, "answers of reference and policy, side by side", config=False)
     sample.add_argument("target", metavar="RUN")
     asked = sample.add_mutually_exclusive_group(required=True)
@@ -206,6 +210,17 @@ def _score(arguments: argparse.Namespace) -> int:
         told = "undefined (all ties)" if value is None else f"{value:.6g}"
         print(f"{name.removeprefix('dpo-eval/'):>18}  {told}")
     print(out)
+    return 0
+
+
+def _estimate(arguments: argparse.Namespace) -> int:
+    from dpo_kit import estimate, launch
+    from dpo_kit.files import to_json
+
+    config = launch.resolve_world(_load(arguments), lambda _: None)
+    found = estimate.make(config, probe=not arguments.no_probe)
+    print(to_json(found, indent=2) if arguments.json else estimate.text(found))
+    estimate.refuse(found)
     return 0
 
 

@@ -18,6 +18,9 @@ Not here: seconds, disk and the report (`estimate`); which pairs share a micro-b
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 from dpo_kit.config import Config
 from dpo_kit.costs import Shape
 
@@ -29,6 +32,8 @@ CUDA_PROCESS_BYTES = 1200 * 2**20
 # Of the tokens of a pair, how many are its shared prefix: their keys and values are kept twice.
 TYPICAL_PREFIX_SHARE = 0.4
 MOST_TOKENS = 1 << 24
+# What `mb_spec.max_tokens_per_mb: auto` goes up to where memory allows.
+AUTO_TOKENS = {"cpu": 4096, "cuda": 65536}
 
 
 def step_bytes(shape: Shape, config: Config, *, num_ranks: int, tokens: int) -> dict[str, int]:
@@ -43,11 +48,10 @@ def step_bytes(shape: Shape, config: Config, *, num_ranks: int, tokens: int) -> 
     actor = config.actor
     compute = DTYPE_BYTES[actor.dtype]
     master = max(compute, 4)
-    state = DTYPE_BYTES[getattr(actor.optimizer, "state_dtype", "float32")] if compute < 8 else 8
     on_cuda = config.cluster.n_gpus_per_node not in (0, "auto")
     parts = {
         "weights": shape.params * master // num_ranks,
-        "optimizer": 2 * shape.params * state // num_ranks,
+        "optimizer": 2 * shape.params * _state_bytes(config) // num_ranks,
         "gradients": shape.params * master // num_ranks,
         "gathered": _gathered(shape, compute, num_ranks),
         "reference": 0,
@@ -79,6 +83,65 @@ def tokens_that_fit(shape: Shape, config: Config, *, num_ranks: int, free_bytes:
         else:
             high = middle - 1
     return low
+
+
+def checkpoint_bytes(shape: Shape, config: Config) -> int:
+    """Bytes of the master weights and both optimizer states of the whole model."""
+    return shape.params * (max(DTYPE_BYTES[config.actor.dtype], 4) + 2 * _state_bytes(config))
+
+
+def _state_bytes(config: Config) -> int:
+    if config.actor.dtype == "float64":
+        return 8
+    return DTYPE_BYTES[getattr(config.actor.optimizer, "state_dtype", "float32")]
+
+
+def remedy(shape: Shape, config: Config, *, num_ranks: int, free_bytes: int, longest: int) -> str:
+    """Settings with which a step fits in `free_bytes` a rank, in words.
+
+    Args:
+        longest: tokens run for the longest pair, which a micro-batch must hold.
+    """
+    fitting = tokens_that_fit(shape, config, num_ranks=num_ranks, free_bytes=free_bytes)
+    if fitting >= longest:
+        return (
+            f"use actor.mb_spec.max_tokens_per_mb={fitting} or less (the longest pair has {longest} tokens)"
+        )
+    for settings in _cheaper(config):
+        tried = copy.deepcopy(config)
+        for field, value in settings.items():
+            section, _, name = field.rpartition(".")
+            _set(tried, section.split("."), name, value)
+        fitting = tokens_that_fit(shape, tried, num_ranks=num_ranks, free_bytes=free_bytes)
+        if fitting >= longest:
+            words = " ".join(f"{field}={str(value).lower()}" for field, value in settings.items())
+            return f"use {words} actor.mb_spec.max_tokens_per_mb={min(fitting, AUTO_TOKENS['cuda'])}"
+    least = sum(step_bytes(shape, config, num_ranks=num_ranks, tokens=longest).values())
+    return (
+        f"the longest pair alone ({longest} tokens) needs {least / 2**30:.2f} GiB a rank, and no setting makes it"
+        " fit; use a smaller model, a lower train_dataset.max_length, or a machine with more memory"
+    )
+
+
+def _cheaper(config: Config) -> list[dict[str, Any]]:
+    """Settings that need less memory: each alone, the mildest first, then more and more of them together."""
+    steps: list[dict[str, Any]] = []
+    if config.actor.gradient_checkpointing is not True:
+        steps.append({"actor.gradient_checkpointing": True})
+    if config.ref.logps == "online":
+        steps.append({"ref.logps": "cached"})
+    if _state_bytes(config) == 4 and hasattr(config.actor.optimizer, "state_dtype"):
+        steps.append({"actor.optimizer.state_dtype": "bfloat16"})
+    if config.actor.dtype != "bfloat16":
+        steps.append({"actor.dtype": "bfloat16"})
+    together = [dict(pair for step in steps[: n + 1] for pair in step.items()) for n in range(1, len(steps))]
+    return [*steps, *together]
+
+
+def _set(config: Any, sections: list[str], name: str, value: Any) -> None:
+    for section in sections:
+        config = getattr(config, section)
+    setattr(config, name, value)
 
 
 def block_bytes(shape: Shape, dtype_bytes: int, prefix_share: float = TYPICAL_PREFIX_SHARE) -> int:
