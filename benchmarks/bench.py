@@ -16,7 +16,6 @@ import json
 import math
 import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -34,34 +33,12 @@ FIRST_LOSS = {"float32": 1e-3, "bfloat16": 3e-2}
 SAME_LOSS = {"float32": 5e-3, "bfloat16": 5e-2}
 
 
-class Window:
-    """Times and memory of the steps after the warm-up."""
-
-    def __init__(self, warmup: int, steps: int):
-        self.warmup, self.last = warmup, steps
-        self.lines: list[dict] = []
-        self.start = self.seconds = 0.0
-        self.peak = 0
-
-    def stepped(self, line: dict) -> None:
-        """Notes a step; the clock runs from the end of the warm-up to the end of the last step."""
-        self.lines.append(line)
-        if len(self.lines) == self.warmup:
-            common.synchronize()
-            common.reset_peak()
-            self.start = time.perf_counter()
-        if len(self.lines) == self.last:
-            common.synchronize()
-            self.seconds = time.perf_counter() - self.start
-            self.peak = common.peak_bytes()
-
-
 def measure(job: dict[str, Any]) -> dict[str, Any]:
     """One side, once: seconds and peak of the timed steps, losses of all, tokens, reference pass."""
     if job["side"] == "matmul":
         return {"flops": common.matmul_peak(job["dtype"])}
     store, folder = common.open_store(job["store"]), Path(job["folder"])
-    window = Window(job["warmup"], job["steps"])
+    window = common.Window(job["warmup"], job["steps"])
     if job["side"].startswith("trl"):
         found = trl_peer.train(job, store, folder, window.stepped)
         lines = [{k: float(v) for k, v in line.items()} for line in window.lines]

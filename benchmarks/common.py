@@ -457,6 +457,28 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+class Window:
+    """Times and memory of the steps after the warm-up."""
+
+    def __init__(self, warmup: int, steps: int):
+        self.warmup, self.last = warmup, steps
+        self.lines: list[dict] = []
+        self.start = self.seconds = 0.0
+        self.peak = 0
+
+    def stepped(self, line: dict) -> None:
+        """Notes a step; the clock runs from the end of the warm-up to the end of the last step."""
+        self.lines.append(line)
+        if len(self.lines) == self.warmup:
+            synchronize()
+            reset_peak()
+            self.start = time.perf_counter()
+        if len(self.lines) == self.last:
+            synchronize()
+            self.seconds = time.perf_counter() - self.start
+            self.peak = peak_bytes()
+
+
 def matmul_peak(dtype: str) -> float:
     """FLOP/s of a large square matrix product on this device: the fastest of several."""
     import torch

@@ -137,7 +137,7 @@ def _picture(found: dict[str, list[dict[str, Any]]], path: Path) -> str:
 if __name__ == "__main__":
     options = common.parser(__doc__, model="random:smollm2-135m")
     options.add_argument("--layers", type=int, default=12, help="layers of a random model (0: all)")
-    options.add_argument("--steps", type=int, default=2, help="timed steps of each size")
+    options.add_argument("--steps", type=int, default=3, help="timed steps of each size")
     options.add_argument("--counts", type=int, nargs="+", default=PAIRS, help="pairs a step")
     options.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens run a pair")
     sys.exit(common.main(options, measure, report))
