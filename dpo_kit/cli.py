@@ -201,7 +201,7 @@ def _score(arguments: argparse.Namespace) -> int:
     out = Path(arguments.out)
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise UserError(f"-o {out} is no file in a folder that exists; give one, such as scores.jsonl")
-    preflight.check(config)
+    preflight.check(config, trains=False)
     store = _build(config, arguments.split)
     from dpo_kit import scoring
 

@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from dpo_kit import builtin, dataset, memory, reference, room, schedule
+from dpo_kit import budget, builtin, dataset, memory, reference, room, schedule
 from dpo_kit import config as config_module
 from dpo_kit.config import Config
 from dpo_kit.costs import Shape
 from dpo_kit.errors import UserError
 from dpo_kit.files import read_json
-from dpo_kit.packing import pair_cost, plan_step
+from dpo_kit.packing import plan_step
 from dpo_kit.preferences import PairStore
 
 # Steps of a run that are planned; more tell nothing new.
@@ -124,13 +124,13 @@ def _tokens(
         return {"pairs": None, "largest_micro_batch": bound, "bound": bound}
     num_steps = schedule.num_steps(config, len(store))
     planned = _planned(config, len(store), num_steps)
-    costs = {share: _costs(store, share) for share in (True, False)}
+    costs = {share: budget.pair_costs(store, share) for share in (True, False)}
     run = costs[config.actor.share_prompt]
-    largest, per_rank, num_micro_batches = 0, [], []
+    largest, _ = budget.largest_micro_batch(config, run, num_ranks, bound)
+    per_rank, num_micro_batches = [], []
     for rows in planned:
         plan = plan_step([int(run[r]) for r in rows], num_ranks, bound)
         sizes = [[int(sum(run[rows[i]] for i in members)) for members in rank] for rank in plan]
-        largest = max(largest, *(size for rank in sizes for size in rank))
         per_rank.append(max(map(sum, sizes)))
         num_micro_batches.append(len(plan[0]))
     return {
@@ -140,26 +140,21 @@ def _tokens(
         "unshared_per_step": float(np.mean([costs[False][rows].sum() for rows in planned])),
         "busiest_rank_per_step": float(np.mean(per_rank)),
         "micro_batches_per_step": float(np.mean(num_micro_batches)),
-        "largest_micro_batch": max(largest, int(run.max())),
+        "largest_micro_batch": largest,
         "longest_pair": int(run.max()),
         "bound": bound,
     }
 
 
 def micro_batch_bound(config: Config, shape: Shape, num_ranks: int, free: int) -> int:
-    """Tokens of a training micro-batch at most; `auto` is what fits, up to `memory.AUTO_TOKENS`."""
+    """Tokens of a training micro-batch at most; `auto` is what fits, as `budget` settles it."""
     given = [config.actor.mb_spec.max_tokens_per_mb]
     if config.ref.logps == "online":
         given.append(config.ref.mb_spec.max_tokens_per_mb)
-    device = "cuda" if config.cluster.n_gpus_per_node else "cpu"
+    most = budget.CUDA_TOKENS if config.cluster.n_gpus_per_node else budget.CPU_TOKENS
     fitting = memory.tokens_that_fit(shape, config, num_ranks=num_ranks, free_bytes=free)
-    auto = max(1, min(memory.AUTO_TOKENS[device], fitting))
+    auto = max(1, min(most, fitting))
     return min(auto if tokens == "auto" else int(tokens) for tokens in given)
-
-
-def _costs(store: PairStore, share: bool) -> np.ndarray:
-    """Tokens run for each pair. Shape: (P,)"""
-    return np.array([pair_cost(tuple(lengths), share) for lengths in store.all_lengths().tolist()])
 
 
 def _planned(config: Config, num_pairs: int, num_steps: int) -> list[np.ndarray]:
@@ -183,7 +178,7 @@ def _time(
     from dpo_kit import probe
 
     tokens, device, num_ranks = found["tokens"], found["device"], found["ranks"]
-    costs = _costs(train, config.actor.share_prompt)
+    costs = budget.pair_costs(train, config.actor.share_prompt)
     plan = _probed(config, costs, tokens, num_ranks)
     seconds = probe.measure(config, str(folder), train, plan)
     layers = shape.layers
@@ -194,7 +189,7 @@ def _time(
     step = (forward * (2 if online else 1) + backward) * tokens["busiest_rank_per_step"]
     step += seconds["update"] * shape.params / seconds["params"]
     to_reference = 0 if online else _missing_tokens(config, train, valid)
-    valid_tokens = 0 if valid is None else int(_costs(valid, config.actor.share_prompt).sum())
+    valid_tokens = 0 if valid is None else int(budget.pair_costs(valid, config.actor.share_prompt).sum())
     num_evaluations = _num_evaluations(config, tokens, step)
     weights = shape.params * memory.DTYPE_BYTES[config.actor.dtype]
     parts = {
@@ -231,7 +226,7 @@ def _missing_tokens(config: Config, train: PairStore, valid: PairStore | None) -
         if store is not None:
             rows = np.arange(len(store)) if rows is None else rows
             found = reference.lookup(cache, reference.pair_keys(store, rows))[1]
-            missing += int(_costs(store, share)[rows[~found]].sum())
+            missing += int(budget.pair_costs(store, share)[rows[~found]].sum())
     return missing
 
 

@@ -32,8 +32,8 @@ CUDA_PROCESS_BYTES = 1200 * 2**20
 # Of the tokens of a pair, how many are its shared prefix: their keys and values are kept twice.
 TYPICAL_PREFIX_SHARE = 0.4
 MOST_TOKENS = 1 << 24
-# What `mb_spec.max_tokens_per_mb: auto` goes up to where memory allows.
-AUTO_TOKENS = {"cpu": 4096, "cuda": 65536}
+# More tokens a micro-batch are not worth a word.
+PROPOSED_TOKENS = 16384
 
 
 def step_bytes(shape: Shape, config: Config, *, num_ranks: int, tokens: int) -> dict[str, int]:
@@ -115,7 +115,7 @@ def remedy(shape: Shape, config: Config, *, num_ranks: int, free_bytes: int, lon
         fitting = tokens_that_fit(shape, tried, num_ranks=num_ranks, free_bytes=free_bytes)
         if fitting >= longest:
             words = " ".join(f"{field}={str(value).lower()}" for field, value in settings.items())
-            return f"use {words} actor.mb_spec.max_tokens_per_mb={min(fitting, AUTO_TOKENS['cuda'])}"
+            return f"use {words} actor.mb_spec.max_tokens_per_mb={min(fitting, PROPOSED_TOKENS)}"
     least = sum(step_bytes(shape, config, num_ranks=num_ranks, tokens=longest).values())
     return (
         f"the longest pair alone ({longest} tokens) needs {least / 2**30:.2f} GiB a rank, and no setting makes it"

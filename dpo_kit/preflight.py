@@ -1,5 +1,5 @@
 """What can be told of a run in a blink, before its folder is made: files that are missing or no data at all,
-models that are nowhere, a reference with another tokenizer.
+models that are nowhere, a reference with another tokenizer, weights that this machine's memory does not hold.
 
 Deliberately not here: the configuration by itself (config), hubs, what needs a tokenizer or all of the data
 (prepare, dataset).
@@ -7,25 +7,33 @@ Deliberately not here: the configuration by itself (config), hubs, what needs a 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from pathlib import Path
 from typing import Any
 
-from dpo_kit import builtin
-from dpo_kit.config import Config
-from dpo_kit.errors import ConfigError
+from dpo_kit import builtin, memory, room
+from dpo_kit.config import Config, parse_backend
+from dpo_kit.costs import Shape
+from dpo_kit.errors import ConfigError, UserError
+from dpo_kit.files import read_json
+from dpo_kit.preferences import open_store
 
 # A larger file takes seconds to read; the supervisor's prepare step finds the same mistakes.
 _QUICK_BYTES = 32 * 2**20
 _HUB_ID = r"[\w.-]+(/[\w.-]+)?"
 
 
-def check(config: Config) -> None:
-    """Refuses a run whose models or data are plainly not there.
+def check(config: Config, *, trains: bool = True) -> None:
+    """Refuses a run whose models or data are plainly not there, or that cannot fit in memory.
+
+    Args:
+        config: devices resolved where it trains.
+        trains: False where the models are only run forward.
 
     Raises:
-        ConfigError: with every problem of the models.
+        ConfigError: with every problem of the models, or what memory they need.
         DataError: with the first problem of the data.
     """
     problems = []
@@ -40,6 +48,8 @@ def check(config: Config) -> None:
     problems += [] if problems else _other_tokenizer(config)
     if problems:
         raise ConfigError(problems)
+    if trains:
+        _check_memory(config)
     _check_data(config)
 
 
@@ -52,6 +62,49 @@ def _models(config: Config) -> dict[str, str]:
     }
     first = {path: field for field, path in reversed(fields.items())}
     return {field: path for field, path in fields.items() if first[path] == field}
+
+
+def _check_memory(config: Config) -> None:
+    """Refuses what cannot fit whatever the micro-batches: weights, optimizer and the longest pair."""
+    folder = builtin.ensure(config.actor.path) if builtin.cached(config.actor.path) else config.actor.path
+    try:
+        shape = Shape.of(json.loads((Path(folder) / "config.json").read_text("utf-8")))
+    except (OSError, ValueError, KeyError, TypeError):  # not downloaded yet, or a kind that the ranks refuse
+        return
+    num_ranks = parse_backend(config.actor.backend).world_size
+    longest = longest_known_pair(config)
+    free = room.free_bytes_of_rank(config, num_ranks)
+    needed = sum(memory.step_bytes(shape, config, num_ranks=num_ranks, tokens=longest).values())
+    if needed > free:
+        on_device = bool(config.cluster.n_gpus_per_node)
+        where, times = ("a device", 1) if on_device else (f"{num_ranks} CPU ranks", num_ranks)
+        raise ConfigError(
+            [
+                f"actor.path = {config.actor.path!r}: weights, optimizer and the longest pair need"
+                f" {times * needed / 2**30:.2f} GiB on {where}, and {times * free / 2**30:.2f} GiB are free; "
+                + memory.remedy(shape, config, num_ranks=num_ranks, free_bytes=free, longest=longest)
+            ]
+        )
+
+
+def longest_known_pair(config: Config) -> int:
+    """Tokens run for the longest training pair, where a pair store of the data is built already; else 1."""
+    found = []
+    for file in (Path(config.cluster.fileroot) / ".cache" / "pairs").glob("*/meta.json"):
+        with contextlib.suppress(UserError):  # a damaged store is built again
+            if _is_of(read_json(file, {}), config):
+                shared, chosen, rejected = open_store(file.parent, check_hashes=False).all_lengths().T
+                run = chosen + rejected - (shared if config.actor.share_prompt else 0)
+                found.append(int(run.max()))
+    # Several stores differ in what they leave out; the least one refuses nothing that could run.
+    return min(found, default=1)
+
+
+def _is_of(meta: dict[str, Any], config: Config) -> bool:
+    """Whether a pair store was built from the config's training data, as far as names tell."""
+    data, source, report = config.train_dataset, meta.get("source") or {}, meta.get("report") or {}
+    built = (source.get("path"), source.get("split"), report.get("tokenizer"), report.get("max_length"))
+    return built == (data.path, data.split, config.tokenizer_path, data.max_length)
 
 
 def _check_data(config: Config) -> None:
