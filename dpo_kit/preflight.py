@@ -18,7 +18,6 @@ from dpo_kit.config import Config, parse_backend
 from dpo_kit.costs import Shape
 from dpo_kit.errors import ConfigError, UserError
 from dpo_kit.files import read_json
-from dpo_kit.preferences import open_store
 
 # A larger file takes seconds to read; the supervisor's prepare step finds the same mistakes.
 _QUICK_BYTES = 32 * 2**20
@@ -89,6 +88,8 @@ def _check_memory(config: Config) -> None:
 
 def longest_known_pair(config: Config) -> int:
     """Tokens run for the longest training pair, where a pair store of the data is built already; else 1."""
+    from dpo_kit.preferences import open_store
+
     found = []
     for file in (Path(config.cluster.fileroot) / ".cache" / "pairs").glob("*/meta.json"):
         with contextlib.suppress(UserError):  # a damaged store is built again
