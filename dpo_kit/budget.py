@@ -22,6 +22,7 @@ import psutil
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from dpo_kit import halving, memory, schedule
 from dpo_kit.config import Config
@@ -101,7 +102,7 @@ def pair_costs(store: PairStore, share: bool) -> np.ndarray:
 
 
 def largest_micro_batch(
-    config: Config, costs: np.ndarray, num_ranks: int, max_tokens: int
+    config: Config, costs: np.ndarray, num_ranks: int, max_tokens: int, work: np.ndarray | None = None
 ) -> tuple[int, list[int]]:
     """The largest micro-batch that any step of the run will have on any rank (to 1 %): its tokens and its pairs.
 
@@ -110,15 +111,18 @@ def largest_micro_batch(
         costs: tokens run for each pair of the training store. Shape: (P,)
         num_ranks: data-parallel ranks.
         max_tokens: the budget.
+        work: FLOPs of each pair, where the ranks are balanced by them (see `packing.plan_step`). Shape: (P,)
     """
     largest, found = 0, [int(costs.argmax())]
     for rows in schedule.rows_by_step(config, len(costs)):
         here = costs[rows]
         # What the fullest rank may get at most: most steps need no plan to be ruled out.
-        bound = min(here.sum(), here.sum() / num_ranks + here.max())
+        bound = here.sum() if work is not None else min(here.sum(), here.sum() / num_ranks + here.max())
         if bound <= largest:
             continue
-        for members in (m for plan in plan_step(here.tolist(), num_ranks, max_tokens) for m in plan if m):
+        by = [] if work is None else [work[rows].tolist()]
+        plans = plan_step(here.tolist(), num_ranks, max_tokens, *by)
+        for members in (members for plan in plans for members in plan if members):
             tokens = int(here[members].sum())
             if tokens > largest:
                 largest, found = tokens, [int(rows[i]) for i in members]
@@ -131,34 +135,37 @@ def settle(
     config: Config,
     world: World,
     *,
-    shape: Shape,
+    shape: Shape | None,
     costs: np.ndarray,
     free: int,
     before: dict[str, Any],
     on_cuda: bool,
+    work: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """The budget of a run as configured or estimated; the same on every rank. A collective.
 
     Args:
-        shape: of the policy.
+        shape: of the policy; None of a family whose sizes are not known, which gets what the device likes.
         costs: tokens run for each pair of the training store. Shape: (P,)
         free: bytes of this rank (`free_bytes`).
         before: what `halving.read` gives; its numbers stand when it holds halvings.
         on_cuda: where the ranks run.
+        work: as for `largest_micro_batch`.
 
     Returns:
         The content of `budget.json` (see `halving`); `source` is `config` or `estimated`.
     """
     longest = int(costs.max())
     most = CUDA_TOKENS if on_cuda else CPU_TOKENS
-    fitting = memory.tokens_that_fit(shape, config, num_ranks=world.size, free_bytes=free)
-    estimate = _least(world, max(longest, min(fitting, most)))
+    if shape is not None:
+        most = min(most, memory.tokens_that_fit(shape, config, num_ranks=world.size, free_bytes=free))
+    estimate = _least(world, max(longest, most))
     asked = {name: getattr(config, name).mb_spec.max_tokens_per_mb for name in halving.SECTIONS}
     numbers = {name: estimate if word == "auto" else int(word) for name, word in asked.items()}
     halvings = before.get("halvings", [])
     if halvings:
         numbers = {name: before[name] for name in halving.SECTIONS}
-    largest, _ = largest_micro_batch(config, costs, world.size, numbers["actor"])
+    largest, _ = largest_micro_batch(config, costs, world.size, numbers["actor"], work)
     return {
         **numbers,
         "source": {name: "estimated" if word == "auto" else "config" for name, word in asked.items()},
@@ -186,7 +193,12 @@ def _least(world: World, number: int) -> int:
 
 
 def measured(
-    made: dict[str, Any], config: Config, costs: np.ndarray, num_ranks: int, run: Callable[[list[int]], None]
+    made: dict[str, Any],
+    config: Config,
+    costs: np.ndarray,
+    num_ranks: int,
+    run: Callable[[list[int]], None],
+    work: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """The budget after the largest planned micro-batch really ran: halved until it fits.
 
@@ -194,13 +206,14 @@ def measured(
         made: from `settle`; `actor` is `auto`.
         costs: as for `settle`.
         run: runs the micro-batch of these rows forward and backward, or raises for want of memory.
+        work: as for `largest_micro_batch`.
 
     Raises:
         OutOfMemory: not even the longest pair fits.
     """
     floor, tokens = made["longest_pair"], made["actor"]
     while True:
-        largest, rows = largest_micro_batch(config, costs, num_ranks, tokens)
+        largest, rows = largest_micro_batch(config, costs, num_ranks, tokens, work)
         failed = _out_of_memory(run, rows)
         if failed is None:
             break
@@ -232,10 +245,11 @@ def leaving_no_trace(policy: nn.Module, reserve_bytes: int = 0) -> Iterator[None
     """What runs inside leaves weights as they are; its gradients are dropped and the random numbers put back.
 
     Args:
-        policy: sharded.
+        policy: as `model.load` gives it.
         reserve_bytes: room that is kept from what runs inside, on the policy's device.
     """
     parameters = list(masters(policy).values())
+    held = list(policy.parameters())  # with a master beside each, or the masters themselves
     device = parameters[0].device
     on_cuda = device.type == "cuda"
     before = torch.get_rng_state(), torch.cuda.get_rng_state(device) if on_cuda else None
@@ -244,7 +258,7 @@ def leaving_no_trace(policy: nn.Module, reserve_bytes: int = 0) -> Iterator[None
         yield
     finally:
         room = None  # noqa: F841 - given back before the cache is emptied
-        for parameter in parameters:
+        for parameter in parameters + held:
             parameter.grad = None
         torch.set_rng_state(before[0])
         if before[1] is not None:
@@ -260,7 +274,6 @@ def optimizer_bytes(policy: nn.Module, state_bytes: int = 4) -> int:
     """
     total = 0
     for parameter in masters(policy).values():
-        local: Any = parameter
-        local = local.to_local()
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         total += 2 * local.numel() * (8 if local.dtype == torch.float64 else state_bytes)
     return total

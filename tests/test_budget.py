@@ -84,18 +84,20 @@ def least_of_ranks():
 
 
 @pytest.mark.parametrize("tokens", [900, 1300, 5000])
-@pytest.mark.parametrize("num_ranks", [1, 2])
-def test_the_largest_micro_batch_is_that_of_all_steps_and_ranks(tmp_path, tokens, num_ranks):
-    config = tiny_config(tmp_path, "train_dataset.batch_size=6", "total_train_steps=null")
-    costs = np.random.default_rng(0).integers(10, 900, 50)
-    planned = {}
-    for step in range(1, schedule.num_steps(config, 50) + 1):
-        rows = schedule.step_rows(config, 50, step)
-        for plan in packing.plan_step(costs[rows].tolist(), num_ranks, tokens):
-            planned |= {tuple(rows[m]): costs[rows[m]].sum() for m in plan if m}
-    largest, rows = budget.largest_micro_batch(config, costs, num_ranks, tokens)
-    assert 0.99 * max(planned.values()) <= largest <= max(planned.values())
-    assert planned[tuple(rows)] == largest
+@pytest.mark.parametrize(("num_ranks", "batch_size"), [(1, 6), (2, 6), (2, 3), (3, 4)])
+def test_the_largest_micro_batch_is_that_of_all_steps_and_ranks(tmp_path, tokens, num_ranks, batch_size):
+    overrides = (f"train_dataset.batch_size={batch_size}", "total_train_steps=null")
+    for seed in range(10):
+        config = tiny_config(tmp_path, *overrides, f"seed={seed}")
+        costs = np.random.default_rng(seed).integers(10, 900, 50)
+        planned = {}
+        for step in range(1, schedule.num_steps(config, 50) + 1):
+            rows = schedule.step_rows(config, 50, step)
+            for plan in packing.plan_step(costs[rows].tolist(), num_ranks, tokens):
+                planned |= {tuple(rows[m]): costs[rows[m]].sum() for m in plan if m}
+        largest, rows = budget.largest_micro_batch(config, costs, num_ranks, tokens)
+        assert 0.99 * max(planned.values()) <= largest <= max(planned.values())
+        assert planned[tuple(rows)] == largest
 
 
 def test_rows_by_step_are_those_of_the_steps(tmp_path):
@@ -159,27 +161,38 @@ def test_other_errors_of_the_trial_are_not_swallowed(make, tmp_path):
         budget.measured(make(AUTO), tiny_config(tmp_path, AUTO), COSTS, 1, run)
 
 
-def test_trying_leaves_no_trace(tmp_path):
+def test_trying_leaves_no_trace(tmp_path, monkeypatch):
+    gradients = []
+    response_logps = engine.response_logps
+
+    def watched(policy, batch):
+        chosen, rejected = response_logps(policy, batch)
+        if chosen.requires_grad:
+            chosen.register_hook(gradients.append)
+        return chosen, rejected
+
+    monkeypatch.setattr(engine, "response_logps", watched)
     with one_rank() as world:
-        config = tiny_config(tmp_path, AUTO, "actor.disable_dropout=false")
-        store = store_of(random_pairs(16), tmp_path / "pairs")
-        state = make_engine(world, config, store)
+        config = tiny_config(tmp_path, AUTO, "actor.disable_dropout=false", "actor.dtype=float32")
+        state = make_engine(world, config, store_of(random_pairs(16), tmp_path / "pairs"))
         state.policy.train()
         dropout = torch.nn.Dropout(0.5)
         state.policy.lm.model.norm.register_forward_hook(lambda _m, _a, output: dropout(output))
-        before = {n: p.full_tensor().clone() for n, p in parallel.masters(state.policy).items()}
+        before = weights(state.policy)
+        parameters = [*parallel.masters(state.policy).values(), *state.policy.parameters()]
         rng = torch.get_rng_state()
-        gradients = []
-        hook = next(iter(parallel.masters(state.policy).values())).register_post_accumulate_grad_hook(
-            lambda p: gradients.append(p.grad is not None)
-        )
         worker._trial(state, SHAPE, {})(list(range(8)))
-        hook.remove()
         assert len(gradients) == 2
         assert torch.equal(rng, torch.get_rng_state())
-        for name, parameter in parallel.masters(state.policy).items():
-            assert parameter.grad is None, name
-            assert torch.equal(parameter.full_tensor(), before[name]), name
+        assert [p for p in parameters if p.grad is not None] == []
+        for (name, new), (_, old) in zip(weights(state.policy), before, strict=True):
+            assert torch.equal(new, old), name
+
+
+def weights(policy):
+    """Names and copies of what the optimizer changes and of what the model computes with."""
+    found = [*parallel.masters(policy).items(), *policy.named_parameters()]
+    return [(name, parallel.full_tensor(parameter).clone()) for name, parameter in found]
 
 
 def test_a_trial_that_failed_loads_the_policy_again(tmp_path, monkeypatch):

@@ -459,6 +459,13 @@ def test_a_rank_that_runs_out_of_memory_goes_on_with_half(make_run, capsys):
     assert not (tmp(run_dir) / ".cache" / "phase_seconds.json").exists()
 
 
+def test_a_new_attempt_begins_before_the_first_step(make_run):
+    run_dir = make_run({"0": [["attempts", broken(), []]]}, num_ranks=1, num_samples=0)
+    assert supervise(run_dir, **MODULES) == 0
+    assert records.read_status(run_dir)["step"] == 0
+    assert records.read_metrics(run_dir) == []
+
+
 def test_three_halvings_at_most(make_run):
     run_dir = make_run({"0": broken()}, num_ranks=1)
     assert supervise(run_dir, **MODULES) == 1

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import math
+import shlex
 import shutil
 import threading
 import time
@@ -23,6 +26,7 @@ from dpo_kit import (
     parallel,
     prepare,
     records,
+    reference,
     runs,
     supervisor,
     worker,
@@ -31,7 +35,7 @@ from dpo_kit import config as config_module
 from dpo_kit.errors import UserError
 from dpo_kit.files import read_json
 from dpo_kit.preferences import open_store
-from tests.helpers import one_rank, random_pairs, store_of, tiny_config, train_tiny
+from tests.helpers import make_engine, one_rank, random_pairs, store_of, tiny_config, train_tiny
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(__file__).parent / "data"
@@ -185,7 +189,9 @@ def test_each_rank_has_its_log(smoke):
     logs = sorted(path.name for path in (smoke / "logs").iterdir())
     assert logs == ["prepare.log", "rank-0.log", "rank-1.log", "samples.log"]
     first = (smoke / "logs" / "rank-0.log").read_text().splitlines()
-    assert first[0].startswith("micro-batches: actor 4,096 tokens (config), ref 4,096 tokens (config); the longest")
+    assert first[0].startswith(
+        "micro-batches: actor 4,096 tokens (config), ref 4,096 tokens (config); the longest"
+    )
     assert first[1] == "reference: 0 of 48 pairs from the cache"
     assert first[2].startswith("first step: loss 0.693147, expected 0.693147 while policy = reference")
     assert (smoke / "logs" / "rank-1.log").read_text() == ""
@@ -362,3 +368,94 @@ def test_progress_that_was_held_back_is_told_at_the_end(tmp_path):
         (tmp_path / "progress.json").unlink()
         recorder.flush()
         assert not (tmp_path / "progress.json").exists()
+
+
+# ---------------------------------------------------------------- out of memory
+
+
+def losses(run_dir):
+    return [line["dpo/loss"] for line in records.read_metrics(run_dir) if "dpo/loss" in line]
+
+
+@pytest.fixture(scope="module")
+def halved(tmp_path_factory):
+    """Runs of one configuration on two ranks, `auto`: undisturbed, short of memory, and that one's command again."""
+    fileroot = tmp_path_factory.mktemp("halved")
+    overrides = [
+        f"cluster.fileroot={fileroot}",
+        *("cluster.n_gpus_per_node=0", "actor.backend=fsdp:d2", "actor.dtype=float64", "trial_name=calm"),
+        *("actor.mb_spec.max_tokens_per_mb=auto", "ref.mb_spec.max_tokens_per_mb=auto", "saver.freq_steps=1"),
+        *("train_dataset.num_rows=80", "train_dataset.batch_size=40", "total_train_epochs=2"),
+        *("evaluator.num_samples=0", "valid_dataset.num_rows=4", "stats_logger.tensorboard=false"),
+    ]
+    config = config_module.load(ROOT / "params" / "smoke.yaml", overrides)
+    with pytest.MonkeyPatch.context() as patch:
+        assert launch.run_in_foreground(config) == 0
+        short = functools.partial(supervisor.supervise, worker_module="tests.short_of_memory")
+        patch.setattr(launch, "supervise", short)
+        patch.setenv("MOST_TOKENS", "2048")
+        assert launch.run_in_foreground(dataclasses.replace(config, trial_name="short")) == 0
+        command = read_json(fileroot / "smoke" / "short" / "manifest.json")["command"]
+        assert cli.main(shlex.split(command)[1:]) == 0  # it would not fit with more than 2,048 tokens
+    (again,) = set(records.list_runs(fileroot)) - {fileroot / "smoke" / name for name in ("calm", "short")}
+    return {name: fileroot / "smoke" / name for name in ("calm", "short")} | {"again": again}
+
+
+def test_a_run_that_ran_out_of_memory_ends_as_if_it_had_not(halved):
+    calm, short = losses(halved["calm"]), losses(halved["short"])
+    assert len(calm) == len(short) == 4
+    assert short == pytest.approx(calm, abs=1e-9)
+    status = records.read_status(halved["short"])
+    assert (status["state"], status["attempt"], status["step"]) == ("done", 2, 4)
+    assert status["message"] == "with 2,048 tokens a micro-batch, after running out of memory with 4,096"
+    assert [m["step"] for m in records.read_metrics(halved["short"])] == [0, 1, 2, 2, 3, 4, 4]
+
+
+def test_the_budget_and_its_halving_are_on_record(halved):
+    calm, made = (read_json(halved[name] / "budget.json") for name in ("calm", "short"))
+    assert (calm["actor"], calm["ref"], calm["halvings"]) == (4096, 4096, [])
+    assert calm["source"] == made["source"] == {"actor": "estimated", "ref": "estimated"}
+    assert 2048 < calm["largest"]["actor"] <= 4096
+    assert 0 < made["largest"]["actor"] <= 2048
+    assert (made["actor"], made["ref"]) == (2048, 4096)
+    (entry,) = made["halvings"]
+    assert [entry[key] for key in ("section", "from", "to", "step", "rank")] == ["actor", 4096, 2048, 2, 1]
+    assert "training, step 2, with 4,096 tokens a micro-batch (OutOfMemoryError: " in entry["error"]
+    config = config_module.load(halved["short"] / "config.yaml")
+    assert config.actor.mb_spec.max_tokens_per_mb == "auto"
+    log = (halved["short"] / "logs" / "rank-1.log").read_text()
+    assert "Tried to run" in log
+    assert "--- after halving 1" in log
+
+
+def test_the_command_repeats_the_run_with_the_halved_budget(halved):
+    made = read_json(halved["again"] / "budget.json")
+    assert (made["actor"], made["ref"], made["halvings"]) == (2048, 4096, [])
+    assert made["source"] == {"actor": "config", "ref": "config"}
+    assert records.read_status(halved["again"])["attempt"] == 1
+    assert losses(halved["again"]) == losses(halved["short"])
+
+
+def test_ranks_take_rank_0s_word_on_the_reference_cache(ranks, tmp_path):
+    first = ranks.run(prepare_with_other_gaps, str(tmp_path), False)
+    second = ranks.run(prepare_with_other_gaps, str(tmp_path), True)
+    assert first[0] == first[1] == second[0] == second[1]
+    assert all(np.isfinite(first[0]).ravel())
+
+
+def prepare_with_other_gaps(folder, gaps):
+    """The reference's values of both stores; with `gaps`, rank 1 would find nothing in the full cache."""
+    root = Path(folder)
+    lookup = reference.lookup
+    with one_rank() as world:
+        if world.is_main and not gaps:
+            store_of(random_pairs(12), root / "pairs")
+        world.barrier()
+        try:
+            if gaps and not world.is_main:
+                reference.lookup = lambda _folder, keys: lookup(root / "nowhere", keys)
+            config = tiny_config(root / "runs", "total_train_epochs=2")
+            state = make_engine(world, config, open_store(root / "pairs"), open_store(root / "pairs"))
+        finally:
+            reference.lookup = lookup
+        return state.ref_train.tolist(), state.ref_valid.tolist()
