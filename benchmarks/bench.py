@@ -155,7 +155,7 @@ def _text(o: Any, folder: str, store: Any, peak: float, results: dict, failed: d
             f"{statistics.median(rate) / peak:.0%}",
             common.spread([common.gib(r["peak"]) for r in runs], ".2f"),
             "online" if side == "trl-defaults" else common.spread(references, ".1f"),
-            f"{per_step[side] / peak:.3f}" if side in per_step else "-",
+            f"{per_step[side] / peak:.3g}" if side in per_step else "-",
         ]
         rows.append(row + ([f"{statistics.median(rate) / sheet:.1%}"] if sheet else []))
     rows += [[SIDES[side], reason.splitlines()[0], *["-"] * 7] for side, reason in failed.items()]
@@ -215,7 +215,9 @@ def _agreement(o: Any, results: dict, tokens: int) -> str:
     for side, runs in results.items():
         run = runs[0]
         first = abs(run["losses"][0] - math.log(2))
-        parts = [f"first loss {run['losses'][0]:.6f} ({_verdict(first, FIRST_LOSS[o.dtype])} to ln 2)"]
+        parts = [
+            f"first loss {run['losses'][0]:.6f}, {first:.1e} from ln 2 ({_verdict(first, FIRST_LOSS[o.dtype])})"
+        ]
         whole = not (side == "trl-defaults" and o.default_steps)
         parts.append(f"{run['tokens']:.0f} data tokens timed" + _same(run["tokens"], tokens) * whole)
         if run["positions"]:

@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from dpo_kit import builtin, costs
+from dpo_kit import builtin, costs, processes
 from dpo_kit import config as config_module
 from dpo_kit.config import schema
 from dpo_kit.preferences import Pair, PairStore, open_store, write_store
@@ -110,6 +110,7 @@ def main(p: argparse.ArgumentParser, measure: Callable[[dict], Any], report: Cal
     """
     o = p.parse_args()
     if o.job:
+        processes.die_with_parent()
         result = measure(json.loads(o.job))
         print("RESULT " + json.dumps(result), flush=True)
         return 0
