@@ -249,7 +249,6 @@ def leaving_no_trace(policy: nn.Module, reserve_bytes: int = 0) -> Iterator[None
         reserve_bytes: room that is kept from what runs inside, on the policy's device.
     """
     parameters = list(masters(policy).values())
-    held = list(policy.parameters())  # with a master beside each, or the masters themselves
     device = parameters[0].device
     on_cuda = device.type == "cuda"
     before = torch.get_rng_state(), torch.cuda.get_rng_state(device) if on_cuda else None
@@ -258,7 +257,7 @@ def leaving_no_trace(policy: nn.Module, reserve_bytes: int = 0) -> Iterator[None
         yield
     finally:
         room = None  # noqa: F841 - given back before the cache is emptied
-        for parameter in parameters + held:
+        for parameter in parameters:
             parameter.grad = None
         torch.set_rng_state(before[0])
         if before[1] is not None:

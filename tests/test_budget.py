@@ -173,7 +173,7 @@ def test_trying_leaves_no_trace(tmp_path, monkeypatch):
 
     monkeypatch.setattr(engine, "response_logps", watched)
     with one_rank() as world:
-        config = tiny_config(tmp_path, AUTO, "actor.disable_dropout=false", "actor.dtype=float32")
+        config = tiny_config(tmp_path, AUTO, "actor.disable_dropout=false", "actor.dtype=bfloat16")
         state = make_engine(world, config, store_of(random_pairs(16), tmp_path / "pairs"))
         state.policy.train()
         dropout = torch.nn.Dropout(0.5)

@@ -328,7 +328,7 @@ def stop_at_evaluation(run_dir):
 def test_a_pair_over_the_micro_batch_is_refused_by_name(tmp_path, section):
     config = tiny_config(tmp_path, f"{section}.mb_spec.max_tokens_per_mb=40")
     store = store_of(random_pairs(8), tmp_path / "pairs")
-    longest = max(engine.pair_cost(store.lengths(i), True) for i in range(8))
+    longest = max(packing.pair_cost(store.lengths(i), True) for i in range(8))
     with pytest.raises(
         UserError,
         match=rf"{section}\.mb_spec\.max_tokens_per_mb = 40 is less than the longest pair \({longest}",
@@ -438,7 +438,7 @@ def test_the_command_repeats_the_run_with_the_halved_budget(halved):
 
 def test_ranks_take_rank_0s_word_on_the_reference_cache(ranks, tmp_path):
     first = ranks.run(prepare_with_other_gaps, str(tmp_path), False)
-    second = ranks.run(prepare_with_other_gaps, str(tmp_path), True)
+    second = ranks.run(prepare_with_other_gaps, str(tmp_path), True, timeout_s=60.0)  # without: a hang
     assert first[0] == first[1] == second[0] == second[1]
     assert all(np.isfinite(first[0]).ravel())
 
