@@ -33,11 +33,15 @@ class Shape:
     @classmethod
     def of(cls, config: dict[str, Any]) -> Shape:
         """From the fields of a config.json (`config.to_dict()` of a loaded one)."""
-        heads, hidden = config["num_attention_heads"], config["hidden_size"]
+
+        def field(name: str, older: str) -> int:
+            return config[name] if config.get(name) is not None else config[older]
+
+        heads, hidden = field("num_attention_heads", "n_head"), field("hidden_size", "n_embd")
         return cls(
-            layers=config["num_hidden_layers"],
+            layers=field("num_hidden_layers", "n_layer"),
             hidden=hidden,
-            intermediate=config["intermediate_size"],
+            intermediate=config.get("intermediate_size") or config.get("n_inner") or 4 * hidden,
             heads=heads,
             kv_heads=config.get("num_key_value_heads") or heads,
             head_dim=config.get("head_dim") or hidden // heads,

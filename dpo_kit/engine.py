@@ -2,7 +2,8 @@
 
 The loss of a step is the sum over its pairs divided by the global number of pairs, so that ranks and
 micro-batches do not change it beyond rounding. What a step measured crosses the ranks in one collective, after
-the update. Files are written by rank 0 only.
+the update. The host never waits for the device inside a step; the next step's micro-batches are made while the
+device still works on this one. Files are written by rank 0 only.
 
 Not here: processes and their states (`supervisor`), the files' formats (`records`), sampling text (`samples`).
 """
@@ -22,19 +23,22 @@ from torch import Tensor
 
 from dpo_kit import metrics as names
 from dpo_kit.config import Config
+from dpo_kit.costs import Shape
 from dpo_kit.errors import UserError
 from dpo_kit.losses import implicit_rewards, loss_at_reference, preference_loss
 from dpo_kit.measures import gaps_of, pair_records, sums_of
 from dpo_kit.model import PairModel
-from dpo_kit.packing import MicroBatch, pack, pair_cost, plan_step, response_sums
-from dpo_kit.parallel import DTYPES, World, grad_norm, masters
+from dpo_kit.optimizer import LeanAdamW
+from dpo_kit.packing import MicroBatch, pack, pair_costs, plan_step, response_sums
+from dpo_kit.parallel import DTYPES, World, grad_norm, masters, publish
 from dpo_kit.preferences import PairStore
 from dpo_kit.schedule import learning_rate, num_steps, step_rows, steps_per_epoch
 
 Rows = Sequence[int] | np.ndarray
-AUTO_MAX_TOKENS = 4096
-# Forward-only passes keep no activations: larger micro-batches fill a GPU.
+# Forward-only passes keep no activations: larger micro-batches fill a GPU. A CPU is at its fastest with 2k to 4k
+# tokens (docs/log.md); more only pushes activations out of its caches.
 CUDA_FORWARD_FACTOR = 4
+CPU_FORWARD_TOKENS = 4096
 FIRST_STEP_NATS = 1e-3
 FIRST_STEP_NATS_PER_TOKEN_BF16 = 1e-2
 
@@ -52,9 +56,12 @@ class Engine:
     policy: PairModel
     train: PairStore
     valid: PairStore | None
-    # Row -> log-probs (P, 2) float64 of the reference per store, or the resident reference model.
-    ref_train: np.ndarray | None = None
-    ref_valid: np.ndarray | None = None
+    # Tokens of a micro-batch, settled by `budget`.
+    actor_tokens: int = CPU_FORWARD_TOKENS
+    ref_tokens: int = CPU_FORWARD_TOKENS
+    # The reference's log-probs of every row of a store, (rows, 2) float64 on the device, or the resident model.
+    ref_train: Tensor | None = None
+    ref_valid: Tensor | None = None
     ref_model: PairModel | None = None
     policy_is_reference: bool = False
     should_stop: Callable[[], bool] = field(default=lambda: False)
@@ -63,29 +70,42 @@ class Engine:
     @property
     def max_tokens(self) -> int:
         """Tokens of a training micro-batch; a resident reference runs it too, so its bound holds as well."""
-        own = _bound(self.config.actor)
-        return min(own, _bound(self.config.ref)) if self.config.ref.logps == "online" else own
+        online = self.config.ref.logps == "online"
+        return min(self.actor_tokens, self.ref_tokens) if online else self.actor_tokens
 
-
-def _bound(section: Any) -> int:
-    tokens = section.mb_spec.max_tokens_per_mb
-    return AUTO_MAX_TOKENS if tokens == "auto" else int(tokens)
+    def shares(self, *models: PairModel | None) -> bool:
+        """Whether rows made for these models hold a common prefix once."""
+        return self.config.actor.share_prompt and all(m.packed for m in models if m is not None)
 
 
 # --- one micro-batch ----------------------------------------------------------------------
 
 
-def micro_batches(engine: Engine, store: PairStore, rows: Rows, max_tokens: int) -> Iterator[MicroBatch]:
+def micro_batches(
+    engine: Engine, store: PairStore, rows: Rows, max_tokens: int, *models: PairModel | None
+) -> Iterator[MicroBatch]:
     """This rank's micro-batches of the given rows, on the device; as many on every rank.
 
     A rank that has no pair for one of them runs the first row with weight 0.
+
+    Args:
+        models: that will run them; the policy and a resident reference when left out.
     """
-    share, world = engine.config.actor.share_prompt, engine.world
-    costs = [pair_cost(store.lengths(int(r)), share) for r in rows]
-    for members in plan_step(costs, world.size, max_tokens)[world.rank]:
+    share, world = engine.shares(*(models or (engine.policy, engine.ref_model))), engine.world
+    lengths = store.all_lengths()[rows]
+    work = _flops(engine, lengths, share) if world.size > 1 else None
+    for members in plan_step(pair_costs(lengths, share).tolist(), world.size, max_tokens, work)[world.rank]:
         picked = [int(rows[i]) for i in members] or [int(rows[0])]
         weights = [1.0] * len(members) or [0.0]
         yield pack([store.pair(r) for r in picked], picked, share=share, weights=weights).to(world.device)
+
+
+def _flops(engine: Engine, lengths: np.ndarray, share: bool) -> list[float] | None:
+    try:
+        shape = Shape.of(engine.policy.lm.config.to_dict())
+    except KeyError:  # another family, whose sizes have other names: balanced by tokens
+        return None
+    return [shape.pair_flops(pair, share) for pair in lengths.tolist()]
 
 
 def response_logps(model: PairModel, batch: MicroBatch) -> tuple[Tensor, Tensor]:
@@ -93,10 +113,10 @@ def response_logps(model: PairModel, batch: MicroBatch) -> tuple[Tensor, Tensor]
     return response_sums(model(batch), batch)
 
 
-def reference_logps(engine: Engine, batch: MicroBatch, values: np.ndarray | None) -> tuple[Tensor, Tensor]:
+def reference_logps(engine: Engine, batch: MicroBatch, values: Tensor | None) -> tuple[Tensor, Tensor]:
     """The reference's log-probs of a micro-batch: from the cache's `values` or from the resident model."""
     if values is not None:
-        picked = torch.from_numpy(values[batch.rows]).to(engine.world.device)
+        picked = values.index_select(0, batch.rows)
         return picked[:, 0], picked[:, 1]
     assert engine.ref_model is not None
     with torch.no_grad():
@@ -128,9 +148,13 @@ def pair_terms(
 
 
 def train_step(
-    engine: Engine, optimizer: torch.optim.Optimizer, rows: Rows, lr: float
+    engine: Engine, optimizer: torch.optim.Optimizer, batches: Sequence[MicroBatch], num_pairs: int, lr: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One optimizer step on the given rows.
+    """One optimizer step. Nothing in it waits for the device.
+
+    Args:
+        batches: this rank's micro-batches, from `micro_batches`.
+        num_pairs: of the step, over all ranks.
 
     Returns:
         Sums over this rank's pairs (12,); the global gradient norm before clipping, a scalar; and this rank's
@@ -140,22 +164,22 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     gaps = torch.zeros(3, dtype=torch.float64, device=engine.world.device)
     sums = torch.zeros(len(names.SUMS), dtype=torch.float64, device=engine.world.device)
-    for batch in micro_batches(engine, engine.train, rows, engine.max_tokens):
+    for batch in batches:
         ref = reference_logps(engine, batch, engine.ref_train)
         policy = response_logps(engine.policy, batch)
         terms = pair_terms(engine, batch, policy, ref)
-        ((terms["loss"] * batch.weights).sum() / len(rows)).backward()
+        ((terms["loss"] * batch.weights).sum() / num_pairs).backward()
         sums += sums_of(batch, policy, ref, terms)
         gaps = gaps_of(batch, policy, ref, gaps)
-    params = [p for g in optimizer.param_groups for p in g["params"]]
-    norm = grad_norm(params)
-    clip = engine.config.actor.optimizer.gradient_clipping
-    if clip:
-        torch.nn.utils.clip_grads_with_norm_(params, clip, norm)
+    norm = grad_norm([p for g in optimizer.param_groups for p in g["params"]])
     for group in optimizer.param_groups:
         group["lr"] = lr
+    # The optimizer divides by the one and skips on the other: clipping costs no pass over the gradients.
+    clip = engine.config.actor.optimizer.gradient_clipping
+    optimizer.grad_scale = ((norm + 1e-6) / clip).clamp(min=1.0).float()  # type: ignore[attr-defined]
     optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
     optimizer.step()
+    publish(engine.policy)
     return sums, norm, gaps
 
 
@@ -179,11 +203,13 @@ def reference_pass(
         Chosen and rejected sums in nats. Shape: (len(rows), 2), float64
     """
     values = torch.zeros(len(rows), 2, dtype=torch.float64, device=engine.world.device)
-    position = {int(r): i for i, r in enumerate(rows)}
-    for here, batch in _chunked(engine, store, rows, _bound(engine.config.ref)):
+    position = torch.zeros(len(store), dtype=torch.int64)
+    position[torch.as_tensor(np.asarray(rows))] = torch.arange(len(rows))
+    position = position.to(values.device)
+    for here, batch in _chunked(engine, store, rows, engine.ref_tokens, model):
         engine.progress("reference pass", done + here, total or len(rows))
         logps = torch.stack(response_logps(model, batch), 1) * batch.weights[:, None]
-        values.index_add_(0, torch.tensor([position[r] for r in batch.rows], device=values.device), logps)
+        values.index_add_(0, position[batch.rows], logps)
     return engine.world.sum(values).cpu().numpy()
 
 
@@ -205,13 +231,13 @@ def evaluate(
     engine.policy.eval()
     sums = torch.zeros(len(names.SUMS), dtype=torch.float64, device=engine.world.device)
     table = torch.zeros(len(store), 5, dtype=torch.float64, device=engine.world.device)
-    for done, batch in _chunked(engine, store, range(len(store)), engine.max_tokens):
+    for done, batch in _chunked(engine, store, np.arange(len(store)), engine.max_tokens):
         ref = reference_logps(engine, batch, values)
         policy = ref if at_reference else response_logps(engine.policy, batch)
         terms = pair_terms(engine, batch, policy, ref)
         sums += sums_of(batch, policy, ref, terms)
         row = torch.stack([*policy, *ref, terms["loss"]], 1) * batch.weights[:, None]
-        table.index_add_(0, torch.tensor(batch.rows, device=table.device), row)
+        table.index_add_(0, batch.rows, row)
         engine.progress("evaluation", done, len(store))
     both = engine.world.sum(torch.cat([sums, table.flatten()])).cpu()
     engine.policy.train()
@@ -221,24 +247,26 @@ def evaluate(
     return found, pair_records(store, table.numpy(), beta=engine.config.actor.beta)
 
 
-def _chunked(engine: Engine, store: PairStore, rows: Rows, bound: int) -> Iterator[tuple[int, MicroBatch]]:
+def _chunked(
+    engine: Engine, store: PairStore, rows: Rows, bound: int, *models: PairModel
+) -> Iterator[tuple[int, MicroBatch]]:
     """Forward-only micro-batches over many rows, with the number of rows done; stops between groups when asked."""
     on_cuda = engine.world.device.type == "cuda"
-    # A CPU is at its fastest with 2k to 4k tokens (docs/log.md); more only pushes activations out of its caches.
-    max_tokens = bound * CUDA_FORWARD_FACTOR if on_cuda else min(bound, AUTO_MAX_TOKENS)
-    by_length = sorted(rows, key=lambda r: -sum(store.lengths(int(r))))
+    max_tokens = bound * CUDA_FORWARD_FACTOR if on_cuda else min(bound, CPU_FORWARD_TOKENS)
+    share = engine.shares(*(models or (engine.policy, engine.ref_model)))
+    costs = pair_costs(store.all_lengths()[rows], share)
     group: list[int] = []
     tokens = done = 0
-    for row in [*by_length, None]:
-        cost = 0 if row is None else pair_cost(store.lengths(int(row)), engine.config.actor.share_prompt)
-        if group and (row is None or tokens + cost > max_tokens * engine.world.size):
+    for i in [*np.argsort(-costs, kind="stable").tolist(), None]:
+        cost = 0 if i is None else int(costs[i])
+        if group and (i is None or tokens + cost > max_tokens * engine.world.size):
             raise_if_stopped(engine)
             done += len(group)
-            for batch in micro_batches(engine, store, group, max_tokens):
+            for batch in micro_batches(engine, store, np.asarray(group), max_tokens, *models):
                 yield done, batch
             group, tokens = [], 0
-        if row is not None:
-            group.append(int(row))
+        if i is not None:
+            group.append(int(rows[i]))
             tokens += cost
 
 
@@ -254,17 +282,19 @@ def raise_if_stopped(engine: Engine) -> None:
 # --- the loop ------------------------------------------------------------------------------------------------
 
 
-def make_optimizer(engine: Engine) -> torch.optim.AdamW:
-    """AdamW as configured, fused, over the policy's parameters."""
+def make_optimizer(engine: Engine) -> torch.optim.Optimizer:
+    """AdamW as configured, over the policy's master weights: torch's fused one, or `LeanAdamW`."""
     o = engine.config.actor.optimizer
-    return torch.optim.AdamW(
-        list(masters(engine.policy).values()),
-        lr=o.lr,
-        betas=(o.beta1, o.beta2),
-        eps=o.eps,
-        weight_decay=o.weight_decay,
-        fused=True,
-    )
+    params = list(masters(engine.policy).values())
+    options: dict[str, Any] = {
+        "lr": o.lr,
+        "betas": (o.beta1, o.beta2),
+        "eps": o.eps,
+        "weight_decay": o.weight_decay,
+    }
+    if o.state_dtype == "bfloat16":
+        return LeanAdamW(params, **options)
+    return torch.optim.AdamW(params, fused=True, **options)
 
 
 def train(engine: Engine, hooks: Hooks) -> int:
@@ -283,13 +313,21 @@ def train(engine: Engine, hooks: Hooks) -> int:
     if engine.valid is not None and config.evaluator.before_training:
         hooks.evaluated(0, *evaluate(engine, at_reference=engine.policy_is_reference))
     engine.policy.train()
+
+    def prepared(step: int) -> tuple[int, list[MicroBatch]]:
+        rows = step_rows(config, num_pairs, step)
+        return len(rows), list(micro_batches(engine, engine.train, rows, engine.max_tokens))
+
+    upcoming = prepared(1)
     for step in range(1, total + 1):
         engine.progress("first step" if step == 1 else "training", step - 1, total, step=step - 1)
-        rows = step_rows(config, num_pairs, step)
+        pairs, batches = upcoming
         start = time.perf_counter()
         lr = learning_rate(step, total, config.actor.optimizer)
-        sums, norm, gaps = train_step(engine, optimizer, rows, lr)
+        sums, norm, gaps = train_step(engine, optimizer, batches, pairs, lr)
         sums[-1] = float(engine.should_stop())
+        if step < total:
+            upcoming = prepared(step + 1)  # while the device still works
         values = world.sum(sums).tolist()
         seconds = time.perf_counter() - start
         record = {"step": step, **names.means(values, "dpo"), "lr": lr, "grad_norm": float(norm)}
@@ -301,7 +339,7 @@ def train(engine: Engine, hooks: Hooks) -> int:
             record
             | {
                 "tokens_per_second": tokens / seconds,
-                "pairs_per_second": len(rows) / seconds,
+                "pairs_per_second": pairs / seconds,
                 "step_s": seconds,
             }
         )

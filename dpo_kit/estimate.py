@@ -48,7 +48,7 @@ def make(config: Config, *, probe: bool = True) -> dict[str, Any]:
         UserError: the model's config.json is nowhere, or the data cannot be used.
     """
     folder = model_folder(config.actor.path)
-    shape = Shape.of(read_json(folder / "config.json", {}))
+    shape = _shape(config.actor.path, folder)
     num_ranks = config_module.parse_backend(config.actor.backend).world_size
     train, valid = _stores(config)
     free = room.free_bytes_of_rank(config, num_ranks)
@@ -103,6 +103,16 @@ def model_folder(path: str) -> Path:
         ) from error
 
 
+def _shape(path: str, folder: Path) -> Shape:
+    try:
+        return Shape.of(read_json(folder / "config.json", {}))
+    except KeyError as error:
+        raise UserError(
+            f"actor.path = {path!r}: its config.json has no {error.args[0]}, so its size is not known;"
+            " llama, qwen2, qwen3 and mistral models can be estimated"
+        ) from error
+
+
 def _stores(config: Config) -> tuple[PairStore | None, PairStore | None]:
     """The pair stores of training and validation; None where the data are on the hub."""
     stores: list[PairStore | None] = []
@@ -126,10 +136,11 @@ def _tokens(
     planned = _planned(config, len(store), num_steps)
     costs = {share: budget.pair_costs(store, share) for share in (True, False)}
     run = costs[config.actor.share_prompt]
-    largest, _ = budget.largest_micro_batch(config, run, num_ranks, bound)
+    work = _work(config, shape, store, num_ranks)
+    largest, _ = budget.largest_micro_batch(config, run, num_ranks, bound, work)
     per_rank, num_micro_batches = [], []
     for rows in planned:
-        plan = plan_step([int(run[r]) for r in rows], num_ranks, bound)
+        plan = plan_step(run[rows].tolist(), num_ranks, bound, None if work is None else work[rows].tolist())
         sizes = [[int(sum(run[rows[i]] for i in members)) for members in rank] for rank in plan]
         per_rank.append(max(map(sum, sizes)))
         num_micro_batches.append(len(plan[0]))
@@ -144,6 +155,14 @@ def _tokens(
         "longest_pair": int(run.max()),
         "bound": bound,
     }
+
+
+def _work(config: Config, shape: Shape, store: PairStore, num_ranks: int) -> np.ndarray | None:
+    """FLOPs of each pair, by which more than one rank is balanced. Shape: (P,)"""
+    if num_ranks == 1:
+        return None
+    share = config.actor.share_prompt
+    return np.array([shape.pair_flops(lengths, share) for lengths in store.all_lengths().tolist()])
 
 
 def micro_batch_bound(config: Config, shape: Shape, num_ranks: int, free: int) -> int:
@@ -220,7 +239,7 @@ def _missing_tokens(config: Config, train: PairStore, valid: PairStore | None) -
     root = Path(config.cluster.fileroot)
     mark = model.fingerprint(builtin.ensure(config.ref.path), root / ".cache" / "fingerprints.json")
     share = config.actor.share_prompt
-    cache = reference.cache_folder(root, mark, config.ref.dtype, share=share)
+    cache = reference.cache_folder(root, mark, config.ref.dtype, "shared" if share else "unshared")
     missing = 0
     for store, rows in ((train, schedule.rows_of_run(config, len(train))), (valid, None)):
         if store is not None:

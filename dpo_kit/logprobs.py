@@ -7,7 +7,8 @@ Shape legend: T = scored tokens, D = hidden size, V = vocabulary, K = tokens of 
     torch.log_softmax((hidden @ weight.T).float(), -1).gather(-1, targets[:, None])[:, 0]
 
 (float64 stays float64), holding one chunk of [K, V] at a time: the forward keeps only log Z per token, the
-backward makes each chunk's logits again. Not here: which tokens are scored (`packing`), sums over a
+backward makes each chunk's logits again. Where one chunk is all there is, it is kept instead: the backward needs
+one in any case, and it comes next. Not here: which tokens are scored (`packing`), sums over a
 response, any sampling.
 """
 
@@ -18,14 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Elements of one [K, V] chunk: 32 Mi are 128 MiB in fp32; fewer rows a chunk make thin, slow matmuls.
+# Elements of one [K, V] chunk: 32 Mi are 128 MiB in fp32; fewer rows a chunk make thin, slow matmuls. A GPU
+# wants 4k tokens and more (performance figures of the field, not measured here).
 CHUNK_ELEMENTS = 1 << 25
+CUDA_CHUNK_ELEMENTS = 1 << 29
 MIN_CHUNK_TOKENS = 64
 
 
-def chunk_tokens(num_tokens: int, vocab_size: int) -> int:
+def chunk_tokens(num_tokens: int, vocab_size: int, *, cuda: bool = False) -> int:
     """Tokens of one chunk: as many as `CHUNK_ELEMENTS` holds, in equal parts."""
-    most = max(MIN_CHUNK_TOKENS, CHUNK_ELEMENTS // vocab_size)
+    most = max(MIN_CHUNK_TOKENS, (CUDA_CHUNK_ELEMENTS if cuda else CHUNK_ELEMENTS) // vocab_size)
     num_chunks = max(1, -(-num_tokens // most))
     return max(1, -(-num_tokens // num_chunks))
 
@@ -36,38 +39,48 @@ def _upcast(logits: Tensor) -> Tensor:
 
 class _TokenLogps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, size: int) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, size: int, keep: bool) -> Tensor:
         logps, log_zs = [], []
         for h, t in zip(hidden.split(size), targets.split(size), strict=True):
+            # In place, pass after pass: a fresh [K, V] tensor costs more than the arithmetic on it.
             logits = _upcast(h @ weight.T)
-            log_z = torch.logsumexp(logits, -1)
-            logps.append(logits.gather(-1, t[:, None])[:, 0] - log_z)
-            log_zs.append(log_z)
+            picked = logits.gather(-1, t[:, None])[:, 0]
+            largest = logits.amax(-1)
+            log_z = logits.sub_(largest[:, None]).exp_().sum(-1).log()
+            logps.append(picked - largest - log_z)
+            log_zs.append(log_z + largest)
+            ctx.kept = (logits, log_z) if keep and size >= len(targets) else None
         ctx.size = size
         ctx.save_for_backward(hidden, weight, targets, torch.cat(log_zs))
         return torch.cat(logps)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         hidden, weight, targets, log_z = ctx.saved_tensors
+        kept, ctx.kept = ctx.kept, None  # used up: a second backward makes the logits again
         grad_hidden = torch.empty_like(hidden)
         # Summed over chunks in at least fp32: bf16 running sums would lose the small late chunks.
-        grad_weight = _upcast(torch.zeros_like(weight)) if ctx.needs_input_grad[1] else None
+        grad_weight = _upcast(torch.zeros_like(weight)) if ctx.needs_input_grad[1] and not kept else None
         for start in range(0, len(targets), ctx.size):
             rows = slice(start, start + ctx.size)
             h, t, g = hidden[rows], targets[rows], grads[0][rows, None]
             # d logp / d logits = onehot(target) - softmax(logits)
-            grad_logits = _upcast(h @ weight.T).sub_(log_z[rows, None]).exp_().mul_(-g)
+            if kept:
+                grad_logits = kept[0].mul_(-g * (-kept[1]).exp()[:, None])
+            else:
+                grad_logits = _upcast(h @ weight.T).sub_(log_z[rows, None]).exp_().mul_(-g)
             grad_logits.scatter_add_(-1, t[:, None], g.to(grad_logits.dtype))
             grad_logits = grad_logits.to(weight.dtype)
             torch.mm(grad_logits, weight, out=grad_hidden[rows])
-            if grad_weight is None:
+            if not ctx.needs_input_grad[1]:
                 continue
-            if grad_weight.dtype == weight.dtype:
+            if grad_weight is None:
+                grad_weight = grad_logits.T @ h
+            elif grad_weight.dtype == weight.dtype:
                 grad_weight.addmm_(grad_logits.T, h)
             else:
                 grad_weight += grad_logits.T @ h
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
 
 
 def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk: int | None = None) -> Tensor:
@@ -84,8 +97,23 @@ def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk: int |
     """
     if len(targets) == 0:
         return (hidden.sum() + weight.sum()).reshape(1)[:0]
-    size = chunk or chunk_tokens(len(targets), weight.shape[0])
-    return _TokenLogps.apply(hidden, weight, targets, size)
+    size = chunk or chunk_tokens(len(targets), weight.shape[0], cuda=weight.is_cuda)
+    keep = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    return _TokenLogps.apply(hidden, weight, targets, size, keep)
+
+
+def logps_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
+    """log p(target) of each row of logits that are there anyway.
+
+    Args:
+        logits: Shape: (T, V)
+        targets: Shape: (T,), int64
+
+    Returns:
+        Log-probs in nats, fp32 (float64 for float64 input). Shape: (T,)
+    """
+    logits = _upcast(logits)
+    return logits.gather(-1, targets[:, None])[:, 0] - torch.logsumexp(logits, -1)
 
 
 class LogprobHead(nn.Linear):

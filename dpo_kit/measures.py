@@ -34,10 +34,8 @@ def sums_of(
         policy[1].detach(),
         (policy[0] > policy[1]).double(),
     ]
-    sums = [(weights * column).sum() for column in columns]
-    tokens = [float(batch.data_tokens), float(batch.input_ids.shape[1]), 0.0]
-    rest = torch.tensor(tokens, dtype=torch.float64, device=weights.device) * (weights.sum() > 0)
-    return torch.cat([torch.stack(sums), rest])
+    sums = torch.stack([weights * column for column in columns]).sum(1)
+    return torch.cat([sums, batch.tokens, batch.tokens.new_zeros(1)])
 
 
 @torch.no_grad()

@@ -16,26 +16,35 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dpo_kit import attention
+from dpo_kit import attention, blocks
 from dpo_kit.errors import UserError
 from dpo_kit.files import atomic_write, read_json
-from dpo_kit.logprobs import LogprobHead
+from dpo_kit.logprobs import LogprobHead, logps_of_logits
 from dpo_kit.packing import MicroBatch
-from dpo_kit.parallel import World, copy_into, full_tensor, masters, shard
+from dpo_kit.parallel import World, add_masters, copy_into, full_tensor, masters, shard
 
 
 class PairModel(nn.Module):
-    """A causal language model that answers a packed micro-batch with the log-probs of its scored tokens."""
+    """A causal language model that answers a packed micro-batch with the log-probs of its scored tokens.
 
-    def __init__(self, lm: Any):
+    Args:
+        lm: of transformers.
+        packed: its attention is `attention.packed_attention`; else each text of a row (packed without sharing)
+            is run as a padded row of its own, by the model's own attention.
+    """
+
+    def __init__(self, lm: Any, packed: bool = True):
         super().__init__()
-        self.lm = lm
+        self.lm, self.packed = lm, packed
 
     def forward(self, batch: MicroBatch) -> Tensor:
         """Log-prob of each scored token in nats. Shape: (S,)"""
+        if not self.packed:
+            return self._text_by_text(batch)
         hidden = self.lm.model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
@@ -43,6 +52,24 @@ class PairModel(nn.Module):
             use_cache=False,
         ).last_hidden_state[0]
         return self.lm.lm_head(hidden.index_select(0, batch.predictors), batch.targets)
+
+    def _text_by_text(self, batch: MicroBatch) -> Tensor:
+        lengths = batch.segments.lengths
+        if lengths[:, 0].any():
+            raise ValueError("a model that is not packed cannot share prompts; pack with share=False")
+        sizes = lengths[:, 1:].flatten().numpy()
+        device, longest = batch.input_ids.device, int(sizes.max())
+        text = np.repeat(np.arange(len(sizes)), sizes)
+        at = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes) + text * longest
+        places = torch.from_numpy(at).to(device)
+        ids, mask = batch.input_ids.new_zeros(2, len(sizes) * longest)
+        ids[places], mask[places] = batch.input_ids[0], 1
+        rows = (x.view(len(sizes), longest) for x in (ids, mask))
+        logits = self.lm(
+            **dict(zip(("input_ids", "attention_mask"), rows, strict=True)), use_cache=False
+        ).logits
+        # The head of another family may scale or cap its logits: only its own forward is right.
+        return logps_of_logits(logits.flatten(0, 1)[places[batch.predictors]], batch.targets)
 
 
 def snapshot(path: str) -> Path:
@@ -67,14 +94,25 @@ def snapshot(path: str) -> Path:
         ) from e
 
 
+def why_unpacked(path: str, longest_tokens: int) -> str:
+    """Why a model cannot be run on packed rows, in words; empty where it can.
+
+    Args:
+        path: local folder or hub id.
+        longest_tokens: longest text of the data.
+    """
+    return attention.unsupported(_config(snapshot(path)), longest_tokens)
+
+
 def load(
     path: str,
     world: World,
     *,
     dtype: torch.dtype,
     trainable: bool,
-    gradient_checkpointing: bool,
+    gradient_checkpointing: bool | str,
     longest_tokens: int,
+    compiled: bool = False,
 ) -> PairModel:
     """Loads a model for scoring or training, sharded over `world`.
 
@@ -82,34 +120,72 @@ def load(
         path: local folder or hub id (built-in names are resolved before).
         dtype: what it computes in; a trainable model keeps fp32 masters beside it, a frozen one does not.
         trainable: parameters require gradients.
-        gradient_checkpointing: run each block again in the backward instead of keeping its activations.
-        longest_tokens: longest text of the data, to refuse a shorter attention window.
+        gradient_checkpointing: run each block again in the backward instead of keeping its activations;
+            `selective` keeps what is dear to run again.
+        longest_tokens: longest text of the data; a model with a shorter attention window is not packed.
+        compiled: compile each block.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     folder = snapshot(path)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    attention.check_supported(config, longest_tokens)
-    attention.register()
+    config = _config(folder)
     # A float64 or frozen model is kept in the dtype it computes in; a trained one in fp32 at least.
     master = dtype if not trainable or dtype == torch.float64 else torch.float32
-    config.dtype = master
+    packed = not attention.unsupported(config, longest_tokens)
+    held = dtype if world.size == 1 else master
+    lm = _empty(config, held) if packed else _whole(folder, held)
+    layers = list(getattr(getattr(lm, "model", None), "layers", []))
+    blocks.recompute(layers, gradient_checkpointing if trainable else False)
+    if compiled:
+        blocks.compile_blocks(layers, dynamic=True)
+    model = PairModel(lm, packed).requires_grad_(trainable)
+    if world.size > 1:
+        shard(model, world, dtype)
+    if packed:
+        model.to_empty(device=world.device)
+        rotary = lm.model.rotary_emb
+        lm.model.rotary_emb = type(rotary)(config=config).to(world.device)
+        if world.size == 1 and getattr(config, "tie_word_embeddings", False):
+            lm.lm_head.weight = lm.model.embed_tokens.weight  # to_empty made two of it
+    else:
+        model.to(world.device)
+    if held != master:
+        add_masters(model, master)
+    if packed:
+        _fill(model, folder)
+    elif held != master:
+        exact = dict(_whole(folder, master).named_parameters())
+        for name, param in lm.named_parameters():
+            copy_into(param, exact[name])
+    return model.train(trainable)
+
+
+def _config(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+
+def _empty(config: Any, dtype: torch.dtype) -> Any:
+    """A model without weights, its attention and its head replaced by ours."""
+    from transformers import AutoModelForCausalLM
+
+    attention.register()
+    config.dtype = dtype
     with torch.device("meta"):
-        lm: Any = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME).to(master)
+        lm: Any = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME).to(dtype)
         lm.lm_head = LogprobHead.from_linear(lm.lm_head)
     if getattr(config, "tie_word_embeddings", False):
         lm.lm_head.weight = lm.model.embed_tokens.weight
-    if gradient_checkpointing and trainable:
-        # transformers renamed it in 5.2x; the older name warns there.
-        enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-    model = PairModel(lm).requires_grad_(trainable)
-    shard(model, world, dtype)
-    model.to_empty(device=world.device)
-    rotary = lm.model.rotary_emb
-    lm.model.rotary_emb = type(rotary)(config=config).to(world.device)
-    _fill(model, folder)
-    return model.train(trainable)
+    return lm
+
+
+def _whole(folder: Path, dtype: torch.dtype) -> Any:
+    """A model as transformers loads it."""
+    from transformers import AutoModelForCausalLM
+
+    weight_files(folder)
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, trust_remote_code=False, use_safetensors=True
+    )
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,13 +32,72 @@ from dpo_kit.preferences import Pair
 
 
 @dataclass
+class Varlen:
+    """A row's attention as variable-length sequences on a device; K = keys, one more per shared prefix token.
+
+    Sequences in row order: q = [P C] over k = [P C], then q = [R] over k = [P R], causal from the bottom right.
+    """
+
+    cu_q: Tensor  # (2P + 1,) int32, where the queries of each sequence begin
+    cu_k: Tensor  # (2P + 1,) int32, the same of the keys
+    max_q: int  # upper bounds, powers of two: few values make few kernels and few compiled graphs
+    max_k: int
+    keys: Tensor  # (K,) int64, row position of each key
+    own: Tensor  # (T,) int64, where among the keys a row token stands
+    again: Tensor  # (T,) int64, where a prefix token stands a second time; `own` for all others
+    is_twice: Tensor  # (T,) bool, tokens that stand twice
+
+
+@dataclass
 class Segments:
-    """What attention needs to know of a row: lengths [P, C, R] of each pair, `prefix` 0 where nothing is shared.
+    """What attention needs to know of a row.
 
     Unshared pairs are written as P = 0, C = the whole chosen text, R = the whole rejected text.
     """
 
-    lengths: list[tuple[int, int, int]]
+    lengths: Tensor  # (P, 3) int64, always on the host: tokens of [P, C, R]
+    varlen: Varlen | None = None  # on CUDA
+
+    def to(self, device: torch.device) -> Segments:
+        """Ready for attention on `device`."""
+        return self if device.type == "cpu" else Segments(self.lengths, varlen(self.lengths, device))
+
+
+def varlen(lengths: Tensor, device: torch.device) -> Varlen:
+    """Index arrays of a row's sequences.
+
+    Args:
+        lengths: tokens of [P, C, R] of each pair. Shape: (P, 3), int64, on the host
+    """
+    p, c, r = lengths.numpy().T
+    sizes_q = np.stack([p + c, r], 1).ravel()
+    sizes_k = np.stack([p + c, p + r], 1).ravel()
+    row_at, key_at = (np.concatenate([[0], np.cumsum(n)]) for n in (p + c + r, 2 * p + c + r))
+    own = np.arange(row_at[-1]) + np.repeat(key_at[:-1] - row_at[:-1], p + c + r)
+    again = own.copy()
+    is_twice = np.zeros(row_at[-1], dtype=bool)
+    keys = np.empty(key_at[-1], dtype=np.int64)
+    for i, (prefix, chosen) in enumerate(zip(p.tolist(), c.tolist(), strict=True)):
+        at = int(row_at[i])
+        own[at + prefix + chosen : row_at[i + 1]] += prefix
+        again[at : at + prefix] = own[at : at + prefix] + prefix + chosen
+        is_twice[at : at + prefix] = True
+        again[at + prefix : row_at[i + 1]] = own[at + prefix : row_at[i + 1]]
+    keys[own] = keys[again] = np.arange(row_at[-1])
+
+    def send(array: np.ndarray, dtype: Any) -> Tensor:
+        return torch.from_numpy(array.astype(dtype)).to(device, non_blocking=True)
+
+    return Varlen(
+        cu_q=send(np.concatenate([[0], np.cumsum(sizes_q)]), np.int32),
+        cu_k=send(np.concatenate([[0], np.cumsum(sizes_k)]), np.int32),
+        max_q=1 << int(sizes_q.max() - 1).bit_length(),
+        max_k=1 << int(sizes_k.max() - 1).bit_length(),
+        keys=send(keys, np.int64),
+        own=send(own, np.int64),
+        again=send(again, np.int64),
+        is_twice=send(is_twice, bool),
+    )
 
 
 @dataclass
@@ -53,13 +113,20 @@ class MicroBatch:
     owners: Tensor  # (N,) int64, response that the summand belongs to, in 0 .. 2P-1
     lens: Tensor  # (2P,) int64, scored tokens of each response
     weights: Tensor  # (P,) float64, 1 for a pair, 0 for the stand-in of a rank without one
-    rows: list[int]  # (P,) position of each pair in the store
-    data_tokens: int  # tokens of the data, each prompt counted for both responses
+    rows: Tensor  # (P,) int64, position of each pair in the store
+    tokens: Tensor  # (2,) float64, tokens of the data (each prompt counted for both) and tokens run; 0 for a stand-in
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same micro-batch with its tensors on `device`."""
-        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return MicroBatch(**{**vars(self), **moved})
+        """The same micro-batch on `device`."""
+        if device.type == "cpu":
+            return self
+        # Pinned memory, or the copies would make the host wait.
+        moved = {
+            k: v.pin_memory().to(device, non_blocking=True)
+            for k, v in vars(self).items()
+            if isinstance(v, Tensor)
+        }
+        return MicroBatch(**{**vars(self), **moved, "segments": self.segments.to(device)})
 
 
 def pair_cost(pair_lengths: tuple[int, int, int], share: bool) -> int:
@@ -68,8 +135,17 @@ def pair_cost(pair_lengths: tuple[int, int, int], share: bool) -> int:
     return chosen + rejected - (shared if share else 0)
 
 
+def pair_costs(lengths: np.ndarray, share: bool) -> np.ndarray:
+    """`pair_cost` of many pairs. Shape of `lengths`: (P, 3), of the result: (P,)"""
+    return lengths[:, 1] + lengths[:, 2] - (lengths[:, 0] if share else 0)
+
+
 def pack(
-    pairs: Sequence[Pair], rows: Sequence[int], *, share: bool, weights: Sequence[float] | None = None
+    pairs: Sequence[Pair],
+    rows: Sequence[int],
+    *,
+    share: bool,
+    weights: Sequence[float] | None = None,
 ) -> MicroBatch:
     """Lays pairs out in one row as drawn in the module's docstring.
 
@@ -114,20 +190,20 @@ def pack(
         lens += [len(of_chosen), len(of_rejected)]
         base += len(chosen) + len(tail)
         scored += num_chosen + num_tail
+    data_tokens = sum(len(p.chosen_ids) + len(p.rejected_ids) for p in pairs)
+    weight = torch.tensor(list(weights) if weights is not None else [1.0] * len(pairs), dtype=torch.float64)
     return MicroBatch(
         input_ids=_int64(ids)[None],
         position_ids=_int64(positions)[None],
-        segments=Segments(lengths),
+        segments=Segments(torch.tensor(lengths)),
         predictors=_int64(predictors),
         targets=_int64(targets),
         summands=_int64(summands),
         owners=_int64(owners),
         lens=torch.tensor(lens),
-        weights=torch.tensor(
-            list(weights) if weights is not None else [1.0] * len(pairs), dtype=torch.float64
-        ),
-        rows=list(rows),
-        data_tokens=sum(len(p.chosen_ids) + len(p.rejected_ids) for p in pairs),
+        weights=weight,
+        rows=torch.tensor(list(rows)),
+        tokens=torch.tensor([data_tokens, base], dtype=torch.float64) * (weight.sum() > 0),
     )
 
 
@@ -149,10 +225,12 @@ def response_sums(logps: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
     return sums[0::2], sums[1::2]
 
 
-def plan_step(costs: Sequence[int], num_ranks: int, max_tokens: int) -> list[list[list[int]]]:
+def plan_step(
+    costs: Sequence[int], num_ranks: int, max_tokens: int, work: Sequence[float] | None = None
+) -> list[list[list[int]]]:
     """Spreads the pairs of one step over ranks and micro-batches; the result does not change the step.
 
-    Longest pair first to the rank with the least work; on each rank first-fit decreasing under `max_tokens`.
+    Most work first, to the rank with the least of it; on each rank first-fit decreasing under `max_tokens`.
     Every rank gets the same number of micro-batches (collectives run in lockstep): an empty list is one
     that a rank fills with a zero-weight pair.
 
@@ -160,18 +238,20 @@ def plan_step(costs: Sequence[int], num_ranks: int, max_tokens: int) -> list[lis
         costs: tokens run for each pair.
         num_ranks: data-parallel ranks.
         max_tokens: tokens of a micro-batch at most; a pair that is longer gets one of its own.
+        work: FLOPs of each pair, to balance the ranks by; the tokens when left out.
 
     Returns:
         `plan[rank][micro_batch]` = positions into `costs`; the longest micro-batch of a rank comes first.
     """
-    order = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
+    work = costs if work is None else work
     mine: list[list[int]] = [[] for _ in range(num_ranks)]
-    load = [0] * num_ranks
-    for i in order:
+    load = [0.0] * num_ranks
+    for i in sorted(range(len(costs)), key=lambda i: (-work[i], i)):
         rank = min(range(num_ranks), key=lambda r: (load[r], r))
         mine[rank].append(i)
-        load[rank] += costs[i]
-    plan = [_first_fit(items, costs, max_tokens) for items in mine]
+        load[rank] += work[i]
+    longest_first = [sorted(items, key=lambda i: (-costs[i], i)) for items in mine]
+    plan = [_first_fit(items, costs, max_tokens) for items in longest_first]
     num_micro_batches = max(len(p) for p in plan)
     return [p + [[]] * (num_micro_batches - len(p)) for p in plan]
 

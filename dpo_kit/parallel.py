@@ -5,6 +5,10 @@ weights are tied), each decoder block, then the root. Master weights stay in fp3
 blocks compute in `dtype`, gradients are summed, never averaged, in fp32 or better: the loss is already divided
 by the global number of pairs.
 
+One rank shards nothing: FSDP2 would copy every weight and every gradient in each micro-batch (a quarter of a
+step's time on a CPU). There the model holds its weights in `dtype` and, where they are trained in fp32, a master
+beside each (`add_masters`, `publish`). Both ways give the same bits.
+
 Not here: starting processes (`supervisor`), what is computed (`engine`).
 """
 
@@ -98,20 +102,17 @@ def shard(model: nn.Module, world: World, dtype: torch.dtype) -> nn.Module:
     """Applies FSDP2 to a `model.PairModel`, in place.
 
     Args:
-        model: a module whose `.lm` is a transformers causal language model, on any device, also meta.
+        model: a module whose `.lm` is a transformers causal language model, on any device, also meta, its
+            weights in the dtype of the masters.
         dtype: what the blocks compute in.
     """
     options: dict[str, Any] = {"mesh": world.mesh, "mp_policy": precision(dtype)}
     lm: Any = model.lm
-    body = lm.model
-    tied = lm.lm_head.weight is body.embed_tokens.weight
-    if tied:
-        fully_shard([body.embed_tokens, body.norm, lm.lm_head], reshard_after_forward=False, **options)
-    else:
-        fully_shard(body.embed_tokens, **options)
-        fully_shard([body.norm, lm.lm_head], reshard_after_forward=False, **options)
-    for block in body.layers:
-        fully_shard(block, reshard_after_forward=world.size > 1, **options)
+    body = getattr(lm, "model", None)
+    # A model of another family may be built otherwise: then the root alone is sharded.
+    known = all(hasattr(body, name) for name in ("embed_tokens", "norm", "layers")) and hasattr(lm, "lm_head")
+    if known:
+        _shard_parts(lm, options, world)
     fully_shard(model, reshard_after_forward=False, **options)
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -119,6 +120,42 @@ def shard(model: nn.Module, world: World, dtype: torch.dtype) -> nn.Module:
             with contextlib.suppress(AttributeError):
                 module.set_force_sum_reduction_for_comms(True)
     return model
+
+
+def _shard_parts(lm: Any, options: dict[str, Any], world: World) -> None:
+    body = lm.model
+    if lm.lm_head.weight is body.embed_tokens.weight:
+        fully_shard([body.embed_tokens, body.norm, lm.lm_head], reshard_after_forward=False, **options)
+    else:
+        fully_shard(body.embed_tokens, **options)
+        fully_shard([body.norm, lm.lm_head], reshard_after_forward=False, **options)
+    for block in body.layers:
+        fully_shard(block, reshard_after_forward=world.size > 1, **options)
+
+
+def add_masters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Gives each weight of a model of one rank a master in `dtype`, empty, which collects its gradients."""
+    for param in model.parameters():
+        param.master = nn.Parameter(torch.empty_like(param, dtype=dtype))  # type: ignore[attr-defined]
+        param.register_post_accumulate_grad_hook(_hand_over)
+
+
+def _hand_over(param: Tensor) -> None:
+    master: nn.Parameter = param.master  # type: ignore[attr-defined]
+    assert param.grad is not None
+    if master.grad is None:
+        master.grad = param.grad.to(master.dtype)
+    else:
+        master.grad.add_(param.grad)
+    param.grad = None
+
+
+@torch.no_grad()
+def publish(model: nn.Module) -> None:
+    """Copies the masters that an optimizer has changed into the weights that the model computes with."""
+    pairs = [(p, p.master) for p in model.parameters() if hasattr(p, "master")]
+    if pairs:
+        torch._foreach_copy_([p for p, _ in pairs], [m for _, m in pairs])
 
 
 def reshard(model: nn.Module) -> None:
@@ -132,18 +169,20 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
+@torch.no_grad()
 def copy_into(param: Tensor, full: Tensor) -> None:
-    """Copies a whole tensor into a parameter that may be sharded: each rank takes its own rows."""
+    """Copies a whole tensor into a parameter that may be sharded or have a master: each rank takes its rows."""
     if isinstance(param, DTensor):
         local = param.to_local()
-        rows = full.chunk(
-            param.device_mesh.size()
-        )  # as FSDP2 cuts: the last ranks may hold fewer rows or none
+        # Cut as FSDP2 cuts: the last ranks may hold fewer rows or none.
+        rows = full.chunk(param.device_mesh.size())
         mine = param.device_mesh.get_local_rank()
         if mine < len(rows) and local.numel():
             local.copy_(rows[mine])
-    else:
-        param.copy_(full)
+        return
+    param.copy_(full)
+    if hasattr(param, "master"):
+        param.master.copy_(full)
 
 
 def full_tensor(param: Tensor) -> Tensor:
@@ -152,11 +191,14 @@ def full_tensor(param: Tensor) -> Tensor:
 
 
 def masters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The sharded master weights by name, tied ones once."""
+    """What the optimizer changes, by name, tied ones once: sharded weights, masters, or the weights themselves."""
     reshard(model)
     params = dict(model.named_parameters(remove_duplicate=True))
-    assert all(isinstance(p, DTensor) for p in params.values()), "gathered weights are no masters"
-    return params
+    is_sharded = any(isinstance(module, FSDPModule) for module in model.modules())
+    assert all(isinstance(p, DTensor) == is_sharded for p in params.values()), (
+        "gathered weights are no masters"
+    )
+    return {name: getattr(p, "master", p) for name, p in params.items()}
 
 
 def grad_norm(params: Sequence[nn.Parameter]) -> Tensor:

@@ -22,7 +22,7 @@ import numpy as np
 from dpo_kit.preferences import PairStore
 
 # Part of the folder's key: raised when the same weights may give other numbers.
-KERNEL = "packed-sdpa-1"
+KERNEL = "flash-2"
 VALUE_SHAPE = 2
 
 
@@ -42,10 +42,17 @@ def pair_keys(store: PairStore, rows: np.ndarray | None = None) -> np.ndarray:
     return keys
 
 
-def cache_folder(fileroot: Path, weights: str, dtype: str, *, share: bool) -> Path:
-    """Where the values of one reference live."""
-    kernel = f"{weights}:{dtype}:{KERNEL}:{'shared' if share else 'unshared'}"
-    return fileroot / ".cache" / "reference" / hashlib.sha256(kernel.encode()).hexdigest()[:16]
+def cache_folder(fileroot: Path, weights: str, dtype: str, kernel: str) -> Path:
+    """Where the values of one reference live.
+
+    Args:
+        fileroot: the runs' root.
+        weights: fingerprint of the model.
+        dtype: what it computes in.
+        kernel: how rows are run: `shared`, `unshared` or `plain`.
+    """
+    key = f"{weights}:{dtype}:{KERNEL}:{kernel}"
+    return fileroot / ".cache" / "reference" / hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
 def lookup(folder: Path, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

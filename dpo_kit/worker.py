@@ -144,14 +144,23 @@ def settle_budget(run_dir: Path, state: Engine, free: int) -> None:
         free: bytes of this rank before the policy was loaded (`budget.free_bytes`).
     """
     config, world = state.config, state.world
-    shape = Shape.of(state.policy.lm.config.to_dict())
-    costs = budget.pair_costs(state.train, config.actor.share_prompt)
+    try:
+        shape = Shape.of(state.policy.lm.config.to_dict())
+    except KeyError:  # another family, whose sizes have other names
+        shape = None
+    share = state.shares(state.policy)
+    costs = budget.pair_costs(state.train, share)
+    work = None  # several ranks are balanced by FLOPs
+    if shape is not None and world.size > 1:
+        work = np.array([shape.pair_flops(pair, share) for pair in state.train.all_lengths().tolist()])
     on_cuda = world.device.type == "cuda"
     before = halving.read(run_dir)
-    made = budget.settle(config, world, shape=shape, costs=costs, free=free, before=before, on_cuda=on_cuda)
+    made = budget.settle(
+        config, world, shape=shape, costs=costs, free=free, before=before, on_cuda=on_cuda, work=work
+    )
     _write_budget(run_dir, world, made)
     if on_cuda and config.actor.mb_spec.max_tokens_per_mb == "auto":
-        made = budget.measured(made, config, costs, world.size, _trial(state, shape, made))
+        made = budget.measured(made, config, costs, world.size, _trial(state, shape, made), work)
         _write_budget(run_dir, world, made)
     state.actor_tokens, state.ref_tokens = made["actor"], made["ref"]
     if world.is_main:
@@ -165,7 +174,7 @@ def _write_budget(run_dir: Path, world: World, made: dict[str, Any]) -> None:
     world.barrier()
 
 
-def _trial(state: Engine, shape: Shape, made: dict[str, Any]) -> Callable[[list[int]], None]:
+def _trial(state: Engine, shape: Shape | None, made: dict[str, Any]) -> Callable[[list[int]], None]:
     """What `budget.measured` runs: a micro-batch of these rows, beside room for what the first step brings.
 
     FSDP is of no use after an error in mid-pass: a rank alone loads its policy again before the next try. Of
@@ -182,8 +191,8 @@ def _trial(state: Engine, shape: Shape, made: dict[str, Any]) -> Callable[[list[
             torch.cuda.empty_cache()
             state.policy = load_policy(config, world, state.train, state.valid)
         broken = True
-        reserve = budget.optimizer_bytes(state.policy)
-        if config.ref.logps == "online":
+        reserve = budget.optimizer_bytes(state.policy, memory.DTYPE_BYTES[config.actor.optimizer.state_dtype])
+        if config.ref.logps == "online" and shape is not None:
             reserve += memory.DTYPE_BYTES[config.ref.dtype] * shape.params // world.size
         try:
             with budget.leaving_no_trace(state.policy, reserve):
@@ -202,7 +211,7 @@ def _trial(state: Engine, shape: Shape, made: dict[str, Any]) -> Callable[[list[
 
 def run_micro_batch(state: Engine, rows: list[int]) -> None:
     """Runs pairs as one micro-batch forward and backward, twice: in a step, gradients of earlier ones lie there."""
-    share = state.config.actor.share_prompt
+    share = state.shares(state.policy)
     batch = packing.pack([state.train.pair(row) for row in rows], rows, share=share).to(state.world.device)
     for _ in range(2):
         chosen, rejected = engine.response_logps(state.policy, batch)
@@ -235,7 +244,9 @@ def prepare_reference(state: Engine, fileroot: Path, train_rows: np.ndarray | No
     if config.ref.logps == "online":
         state.ref_model = _load_reference(state)
         return weights
-    folder = reference.cache_folder(fileroot, marks[1], config.ref.dtype, share=config.actor.share_prompt)
+    unpacked = model.why_unpacked(builtin.ensure(config.ref.path), _longest([state.train, state.valid]))
+    kernel = "plain" if unpacked else "shared" if config.actor.share_prompt else "unshared"
+    folder = reference.cache_folder(fileroot, marks[1], config.ref.dtype, kernel)
     if train_rows is None:
         train_rows = schedule.rows_of_run(config, len(state.train))
     needs = [(state.train, train_rows)]
@@ -261,7 +272,9 @@ def prepare_reference(state: Engine, fileroot: Path, train_rows: np.ndarray | No
                 for arrays in (keys, values)
             )
             reference.add(folder, fresh_keys, fresh_values)
-    tables = [_spread(v, rows, len(store)) for v, (store, rows) in zip(values, needs, strict=True)]
+    tables = [
+        _spread(v, rows, len(store)).to(world.device) for v, (store, rows) in zip(values, needs, strict=True)
+    ]
     state.ref_train, state.ref_valid = tables[0], tables[1] if state.valid is not None else None
     return weights
 
@@ -283,11 +296,11 @@ def _look_up(
     return keys, table[:, :2].numpy().copy(), table[:, 2].numpy().astype(bool)
 
 
-def _spread(values: np.ndarray, rows: np.ndarray, num_pairs: int) -> np.ndarray:
+def _spread(values: np.ndarray, rows: np.ndarray, num_pairs: int) -> torch.Tensor:
     """Values of some rows as a table of all rows; NaN where no step needs them."""
     table = np.full((num_pairs, values.shape[1]), np.nan)
     table[rows] = values
-    return table
+    return torch.from_numpy(table)
 
 
 def _load_reference(state: Engine) -> model.PairModel:
@@ -308,15 +321,28 @@ def load_model(
     config: Config, path: str, dtype: str, world: World, stores: list[PairStore | None], *, trainable: bool
 ) -> model.PairModel:
     """The policy or the reference of a run, ready to score its pairs."""
-    longest = max(int(store.all_lengths()[:, 1:].max()) for store in stores if store is not None)
-    return model.load(
+    loaded = model.load(
         builtin.ensure(path),
         world,
         dtype=DTYPES[dtype],
         trainable=trainable,
         gradient_checkpointing=config.actor.gradient_checkpointing,
-        longest_tokens=longest,
+        longest_tokens=_longest(stores),
+        compiled=config.actor.compile,
     )
+    if not loaded.packed and world.is_main:
+        why = model.why_unpacked(builtin.ensure(path), _longest(stores))
+        print(
+            f"{'actor' if trainable else 'ref'}.path: rows are not packed, for {why}; each text runs whole, with the "
+            "model's own attention: the same numbers, slower",
+            flush=True,
+        )
+    return loaded
+
+
+def _longest(stores: list[PairStore | None]) -> int:
+    """Tokens of the longest text."""
+    return max(int(store.all_lengths()[:, 1:].max()) for store in stores if store is not None)
 
 
 def main(run_dir: Path) -> int:

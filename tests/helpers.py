@@ -30,6 +30,15 @@ def random_pairs(num_pairs: int, seed: int = 0, longest: int = 20) -> list[Pair]
     return pairs
 
 
+def pair_of(shared: int, chosen: int, rejected: int, prompt: int | None = None) -> Pair:
+    """One pair of so many shared, chosen and rejected tokens, scored from `prompt` (the prefix's end) on."""
+    rng = np.random.default_rng(shared * 10_000 + chosen * 100 + rejected)
+    prefix, *tails = (rng.integers(3, VOCAB, n) for n in (shared, chosen, rejected))
+    tails[1][0] = tails[0][0] + 1
+    texts = (np.concatenate([prefix, tail]).astype(np.int32) for tail in tails)
+    return Pair(*texts, shared, shared if prompt is None else prompt, shared, 0)
+
+
 def store_of(pairs: list[Pair], folder: Path) -> PairStore:
     """Writes pairs as a store and opens it."""
     offsets = [np.cumsum([0, *(len(ids) for ids in texts)]) for texts in both_texts(pairs)]
@@ -88,6 +97,10 @@ def make_engine(world, config, train: PairStore, valid: PairStore | None = None)
     if config.actor.disable_dropout:
         model.disable_dropout(policy)
     state = engine.Engine(config, world, policy, train=train, valid=valid)
+    for name in ("actor", "ref"):
+        tokens = getattr(config, name).mb_spec.max_tokens_per_mb
+        if tokens != "auto":
+            setattr(state, f"{name}_tokens", tokens)
     worker.prepare_reference(state, Path(config.cluster.fileroot))
     return state
 

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_kit import builtin, engine, schedule
+from dpo_kit import blocks, builtin, engine, schedule
 from dpo_kit.errors import UserError
+from dpo_kit.parallel import full_tensor
 from dpo_kit.preferences import open_store
 from tests.helpers import make_engine, one_rank, random_pairs, store_of, tiny_config, train_tiny
 
@@ -110,16 +111,17 @@ def test_numbers_that_are_not_finite_change_no_weight(tmp_path):
         config = tiny_config(tmp_path)
         state = make_engine(world, config, store_of(random_pairs(8), tmp_path / "pairs"))
         optimizer = engine.make_optimizer(state)
-        before = [p.full_tensor().clone() for p in state.policy.parameters()]
+        batches = list(engine.micro_batches(state, state.train, range(8), state.max_tokens))
+        before = [full_tensor(p).clone() for p in state.policy.parameters()]
         state.ref_train[3, 0] = np.nan
-        _, norm, _ = engine.train_step(state, optimizer, range(8), 1e-3)
+        _, norm, _ = engine.train_step(state, optimizer, batches, 8, 1e-3)
         assert not torch.isfinite(norm)
         for a, p in zip(before, state.policy.parameters(), strict=True):
-            assert torch.equal(a, p.full_tensor())
+            assert torch.equal(a, full_tensor(p))
         state.ref_train[3, 0] = -1.0
-        engine.train_step(state, optimizer, range(8), 1e-3)
+        engine.train_step(state, optimizer, batches, 8, 1e-3)
         assert not all(
-            torch.equal(a, p.full_tensor()) for a, p in zip(before, state.policy.parameters(), strict=True)
+            torch.equal(a, full_tensor(p)) for a, p in zip(before, state.policy.parameters(), strict=True)
         )
     with pytest.raises(UserError, match="step 4: loss nan"):
         engine.check_finite({"step": 4, "dpo/loss": math.nan, "grad_norm": 1.0})
@@ -222,3 +224,86 @@ def test_rows_of_a_step_depend_on_seed_and_step_alone(tmp_path):
     assert schedule.step_rows(config, 10, 2).tolist() == [4, 5, 6, 7]
     with pytest.raises(UserError, match="leaves no step: 3 pairs"):
         schedule.num_steps(config, 3)
+
+
+class HostSync(Exception):
+    """The host asked the device for a value."""
+
+
+def test_a_step_never_waits_for_the_device(tmp_path, monkeypatch):
+    """Every way from a tensor to a Python number raises between the first launch and the update."""
+
+    def refuse(*_):
+        raise HostSync
+
+    with one_rank() as world:
+        config = tiny_config(tmp_path, "actor.dtype=bfloat16")
+        state = make_engine(world, config, store_of(random_pairs(8), tmp_path / "pairs"))
+        optimizer = engine.make_optimizer(state)
+        batches = list(engine.micro_batches(state, state.train, range(8), 100))
+        assert len(batches) > 1
+        state.policy.train()
+        engine.train_step(state, optimizer, batches, 8, 1e-3)
+        with monkeypatch.context() as patch:
+            for name in ("item", "tolist", "__bool__", "__float__", "__int__", "__index__"):
+                patch.setattr(torch.Tensor, name, refuse)
+            with pytest.raises(HostSync):
+                float(torch.ones(()))
+            sums, norm, _ = engine.train_step(state, optimizer, batches, 8, 1e-3)
+        assert sums[0] == 8
+        assert norm > 0
+
+
+def test_clipping_inside_the_optimizer_equals_clipping_before_it(tmp_path):
+    clipped = ("actor.optimizer.gradient_clipping=0.01", "total_train_steps=3")
+    with one_rank() as world:
+        weights = []
+        for folder in "ab":
+            config = tiny_config(tmp_path / folder, *clipped)
+            state = make_engine(world, config, store_of(random_pairs(8), tmp_path / folder / "pairs"))
+            optimizer = engine.make_optimizer(state)
+            batches = list(engine.micro_batches(state, state.train, range(8), 10_000))
+            if folder == "b":
+                config.actor.optimizer.gradient_clipping = 1e30
+                plain = type(optimizer).step
+
+                def clip_first(self, closure=None):
+                    params = [p for g in self.param_groups for p in g["params"]]
+                    torch.nn.utils.clip_grad_norm_(params, 0.01)
+                    return plain(self, closure)
+
+                optimizer.step = clip_first.__get__(optimizer)
+            _, norm, _ = engine.train_step(state, optimizer, batches, 8, 1e-3)
+            assert norm > 0.1
+            weights.append([full_tensor(p).clone() for p in state.policy.parameters()])
+    for a, b in zip(*weights, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["actor.gradient_checkpointing=false", "actor.gradient_checkpointing=selective", "actor.compile=true"],
+)
+def test_options_for_memory_and_speed_do_not_change_the_numbers(tmp_path, monkeypatch, option):
+    # Without a C++ compiler: the same graphs, run by torch's own kernels.
+    compiled = blocks.compile_blocks
+    monkeypatch.setattr(blocks, "compile_blocks", lambda b, **o: compiled(b, **o, backend="aot_eager"))
+    plain = train_tiny(str(tmp_path / "a"), ("total_train_steps=6",))
+    other = train_tiny(str(tmp_path / "b"), ("total_train_steps=6", option))
+    for a, b in zip(curves(plain), curves(other), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9)
+
+
+def test_50_steps_shared_and_unshared_are_one_curve(tmp_path):
+    options = (
+        "actor.dtype=float32",
+        "actor.optimizer.lr=5e-6",
+        "total_train_epochs=10",
+        "total_train_steps=50",
+    )
+    shared = train_tiny(str(tmp_path / "a"), options)
+    unshared = train_tiny(str(tmp_path / "b"), (*options, "actor.share_prompt=false"))
+    a, b = curves(shared)[0], curves(unshared)[0]
+    assert len(a) == 50
+    assert np.ptp(a) > 1e-3
+    assert np.abs(a - b).max() < 1e-5

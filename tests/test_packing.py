@@ -28,11 +28,11 @@ def test_the_drawn_example():
     b = pack([pair(4, 3, 4)], [0], share=True)
     assert b.input_ids[0].tolist() == [1, 2, 3, 4, 100, 101, 102, 200, 201, 202, 203]
     assert b.position_ids[0].tolist() == [0, 1, 2, 3, 4, 5, 6, 4, 5, 6, 7]
-    assert b.segments.lengths == [(4, 3, 4)]
+    assert b.segments.lengths.tolist() == [[4, 3, 4]]
     assert b.predictors.tolist() == [3, 4, 5, 3, 7, 8, 9]
     assert b.targets.tolist() == [100, 101, 102, 200, 201, 202, 203]
     assert b.lens.tolist() == [3, 4]
-    assert b.data_tokens == 15
+    assert b.tokens.tolist() == [15, 11]
     assert pair_cost((4, 7, 8), True) == 11
     assert pair_cost((4, 7, 8), False) == 15
 

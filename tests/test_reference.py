@@ -57,7 +57,7 @@ def test_added_values_join_those_held(tmp_path):
 
 def test_weights_dtype_and_layout_have_folders_of_their_own(tmp_path):
     folders = {
-        reference.cache_folder(tmp_path, w, d, share=s)
+        reference.cache_folder(tmp_path, w, d, s)
         for w in ("w1", "w2")
         for d in ("float32", "bfloat16")
         for s in (True, False)

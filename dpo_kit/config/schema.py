@@ -64,6 +64,7 @@ class OptimizerConfig:
     warmup_steps_proportion: float = rule(0.1, ge=0, le=1)
     min_lr_ratio: float = rule(0.1, ge=0, le=1)
     gradient_clipping: float = rule(10.0, gt=0)
+    state_dtype: str = rule("float32", choices=("float32", "bfloat16"))  # ours: bfloat16 halves Adam's memory
 
 
 @dataclass
@@ -75,7 +76,8 @@ class ActorConfig:
     label_smoothing: float = rule(0.0, ge=0, lt=0.5)
     dtype: str = rule("bfloat16", choices=DTYPES)
     disable_dropout: bool = True
-    gradient_checkpointing: bool = True
+    gradient_checkpointing: bool | str = rule(True, words=("selective",))  # selective: keeps what is dear
+    compile: bool = False  # ours: compile each block
     deterministic: bool = False  # ours
     share_prompt: bool = True  # ours: run the common prefix of a pair once
     mb_spec: MicroBatchSpec = field(default_factory=MicroBatchSpec)

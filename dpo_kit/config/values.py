@@ -158,10 +158,10 @@ def _text(value: Any, rule: dict[str, Any], interpolated: bool) -> str:
 
 
 def _number(number: Any, given: Any, kinds: set[type], rule: dict[str, Any]) -> Any:
-    if kinds == {bool}:
+    if bool in kinds:
         if isinstance(number, bool):
             return number
-        raise BadValue(f"is {_kind(given)}; give true or false")
+        raise BadValue(f"is {_kind(given)}; give {_allowed(kinds, rule)}")
     wrong = BadValue(f"is {_kind(given)}; give {_allowed(kinds, rule)}")
     if isinstance(number, bool) or not isinstance(number, int | float):
         raise wrong
@@ -204,8 +204,8 @@ def _allowed(kinds: set[type], rule: dict[str, Any]) -> str:
         return "one of " + ", ".join(rule["choices"])
     if kinds == {str}:
         return "a text"
-    if kinds == {bool}:
-        return "true or false"
+    if bool in kinds:
+        return " or ".join(["true or false", *rule.get("words", ())])
     words = {"gt": "greater than", "ge": "at least", "lt": "less than", "le": "at most"}
     bounds = [f"{words[key]} {rule[key]}" for key in words if key in rule]
     noun = "a number" if float in kinds else "a whole number"
