@@ -115,13 +115,16 @@ def main(p: argparse.ArgumentParser, measure: Callable[[dict], Any], report: Cal
         print("RESULT " + json.dumps(result), flush=True)
         return 0
     o.max_tokens = o.max_tokens or (32768 if has_cuda() else 4096)
-    o.set = [text for text in o.set if known(text)]
+    skipped = [text for text in o.set if not known(text)]
+    o.set = [text for text in o.set if text not in skipped]
     script = Path(sys.argv[0]).resolve()
     try:
         text = report(o, lambda job, **options: measured(script, job, fresh=o.fresh, **options))
     except ChildFailed as error:
         print(error, file=sys.stderr)
         return 1
+    if skipped:
+        text += f"\n\nLeft out, this version of the kit does not have it: `{'`, `'.join(skipped)}`."
     print(text)
     if o.output:
         Path(o.output).write_text(text + "\n", encoding="utf-8")
