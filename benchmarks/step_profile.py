@@ -19,7 +19,7 @@ from options import num_graphs
 
 # Kind of work -> parts of a kernel's or an operator's name; the first that fits counts
 KINDS = {
-    "optimizer and gradient norm": ("adam", "multi_tensor", "foreach", "_fused_adam", "lpnorm"),
+    "optimizer and gradient norm": ("adam", "multi_tensor", "foreach", "lpnorm"),
     "attention": ("flash", "fmha", "attention", "attn", "sdpa"),
     "matrix products": (
         "gemm",
@@ -32,7 +32,8 @@ KINDS = {
         "::matmul",
         "mkldnn",
     ),
-    "log-prob head, softmax": ("softmax", "logsumexp", "log_softmax", "::gather"),
+    "communication": ("nccl", "c10d", "gloo"),
+    "softmax of the log-prob head": ("softmax", "logsumexp", "::exp"),
     "copies, casts, gathers": (
         "copy",
         "memcpy",
@@ -40,11 +41,10 @@ KINDS = {
         "::cat",
         "index",
         "gather",
+        "scatter",
         "split",
         "fill",
-        "::to",
     ),
-    "communication": ("nccl", "c10d", "gloo"),
     "norms, activations, other pointwise": (
         "elementwise",
         "vectorized",
@@ -53,6 +53,7 @@ KINDS = {
         "silu",
         "mul",
         "add",
+        "div",
     ),
 }
 PROFILED = 2

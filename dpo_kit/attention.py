@@ -228,8 +228,8 @@ def _one_by_one(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float, 
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     outputs = []
     for first, prefix, last in _parts(lengths):
-        parts = (x[:, :, first] for x in (q, k, v))
-        outputs.append(F.scaled_dot_product_attention(*parts, is_causal=True, scale=scale, dropout_p=p))
+        a, b, c = (x[:, :, first] for x in (q, k, v))
+        outputs.append(F.scaled_dot_product_attention(a, b, c, is_causal=True, scale=scale, dropout_p=p))
         rows, before = last.stop - last.start, prefix.stop - prefix.start
         if rows:
             mask = torch.ones(rows, before + rows, dtype=torch.bool, device=q.device).tril(before)
@@ -257,7 +257,7 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         index: Varlen = ctx.index
         own, again = (grads[0].index_select(0, at) for at in (index.own, index.again))
-        return own + again * index.is_twice[:, None, None], None
+        return own + again * index.is_twice.view(-1, 1, 1), None
 
 
 @cache
@@ -276,7 +276,7 @@ def _on_cuda(q: Tensor, k: Tensor, v: Tensor, index: Varlen, scale: float) -> Te
     # (1, heads, T, head_dim) -> (T, heads, head_dim)
     queries, keys, values = (x[0].transpose(0, 1) for x in (q, k, v))
     keys, values = _Gather.apply(keys, index), _Gather.apply(values, index)
-    out = varlen_attn(
+    out: Any = varlen_attn(
         queries, keys, values, index.cu_q, index.cu_k, index.max_q, index.max_k, scale=scale, **_options()
     )
     return out[None]

@@ -62,12 +62,10 @@ class PairModel(nn.Module):
         text = np.repeat(np.arange(len(sizes)), sizes)
         at = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes) + text * longest
         places = torch.from_numpy(at).to(device)
-        ids, mask = batch.input_ids.new_zeros(2, len(sizes) * longest)
-        ids[places], mask[places] = batch.input_ids[0], 1
-        rows = (x.view(len(sizes), longest) for x in (ids, mask))
-        logits = self.lm(
-            **dict(zip(("input_ids", "attention_mask"), rows, strict=True)), use_cache=False
-        ).logits
+        ids = batch.input_ids.new_zeros(len(sizes) * longest)
+        ids[places] = batch.input_ids[0]
+        # No mask: padding stands behind every token that counts, and causal attention never looks there.
+        logits = self.lm(input_ids=ids.view(len(sizes), longest), use_cache=False).logits
         # The head of another family may scale or cap its logits: only its own forward is right.
         return logps_of_logits(logits.flatten(0, 1)[places[batch.predictors]], batch.targets)
 

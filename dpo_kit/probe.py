@@ -30,7 +30,7 @@ from dpo_kit import engine, model, worker
 from dpo_kit.config import Config
 from dpo_kit.losses import preference_loss
 from dpo_kit.packing import MicroBatch, pack, response_sums
-from dpo_kit.parallel import World, grad_norm, init_world, masters
+from dpo_kit.parallel import World, grad_norm, init_world, masters, publish
 from dpo_kit.preferences import PairStore, open_store
 from dpo_kit.spawn import spawn
 
@@ -81,6 +81,7 @@ def run_rank(tree: dict[str, Any], model_folder: str, store_path: str, plan: lis
         policy = worker.load_model(config, folder, config.actor.dtype, world, [store], trainable=True)
     for name, param in masters(policy).items():
         torch.nn.init.constant_(param, 1.0) if "norm" in name else torch.nn.init.normal_(param, std=0.02)
+    publish(policy)
     optimizer = engine.make_optimizer(engine.Engine(config, world, policy, store, None))
     rows = plan[world.rank]
     batches = [_pack(config, store, members or rows[0]).to(world.device) for members in rows]
@@ -144,11 +145,11 @@ def _passes(
             for part, seconds in _one(config, clock, policy, batch).items():
                 total[part] += seconds
         start = clock.now()
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        torch.nn.utils.clip_grads_with_norm_(
-            params, config.actor.optimizer.gradient_clipping, grad_norm(params)
-        )
+        norm = grad_norm([p for group in optimizer.param_groups for p in group["params"]])
+        optimizer.grad_scale = norm.clamp(min=1.0).float()
+        optimizer.found_inf = (~torch.isfinite(norm)).float()
         optimizer.step()
+        publish(policy)
         total["update"] = clock.now() - start
         runs.append(total)
     return runs

@@ -121,7 +121,7 @@ def test_pairs_in_the_cache_are_not_run_again(config, memory_of, probed):
 
     store, root = dataset.build(config), Path(config.cluster.fileroot)
     mark = model.fingerprint(builtin.ensure("tiny-random"))
-    folder = reference.cache_folder(root, mark, config.ref.dtype, share=True)
+    folder = reference.cache_folder(root, mark, config.ref.dtype, "shared")
     reference.add(folder, reference.pair_keys(store), np.zeros((len(store), 2)))
     assert estimate.make(config)["time"]["reference_pass"] == 0
 

@@ -249,7 +249,6 @@ def test_fingerprint_is_of_content(tmp_path):
 
 def test_models_that_cannot_be_served_are_refused_in_words(tmp_path):
     from safetensors.torch import load_file, save_file
-    from transformers import AutoConfig
 
     path = Path(small_model(tmp_path / "m"))
     with one_rank() as world:
