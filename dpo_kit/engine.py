@@ -171,12 +171,15 @@ def train_step(
         ((terms["loss"] * batch.weights).sum() / num_pairs).backward()
         sums += sums_of(batch, policy, ref, terms)
         gaps = gaps_of(batch, policy, ref, gaps)
-    norm = grad_norm([p for g in optimizer.param_groups for p in g["params"]])
+    params = [p for g in optimizer.param_groups for p in g["params"]]
+    norm = grad_norm(params)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    # The optimizer divides by the one and skips on the other: clipping costs no pass over the gradients.
     clip = engine.config.actor.optimizer.gradient_clipping
-    optimizer.grad_scale = ((norm + 1e-6) / clip).clamp(min=1.0).float()  # type: ignore[attr-defined]
+    if norm.dtype == torch.float64:
+        torch.nn.utils.clip_grads_with_norm_(params, clip, norm)
+    else:  # The optimizer divides by a scale in fp32: no pass over the gradients of its own.
+        optimizer.grad_scale = ((norm + 1e-6) / clip).clamp(min=1.0)  # type: ignore[attr-defined]
     optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
     optimizer.step()
     publish(engine.policy)

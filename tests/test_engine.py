@@ -254,9 +254,9 @@ def test_a_step_never_waits_for_the_device(tmp_path, monkeypatch):
         assert norm > 0
 
 
-def weights_after_a_step(folder, clip, before_update=lambda params: None):
+def weights_after_two_steps(folder, clip, before_update=lambda params: None):
     with one_rank() as world:
-        config = tiny_config(folder, f"actor.optimizer.gradient_clipping={clip}")
+        config = tiny_config(folder, "actor.dtype=float32", f"actor.optimizer.gradient_clipping={clip}")
         state = make_engine(world, config, store_of(random_pairs(8), folder / "pairs"))
         optimizer = engine.make_optimizer(state)
         optimizer.register_step_pre_hook(lambda o, *_: before_update(o.param_groups[0]["params"]))
@@ -272,15 +272,17 @@ def clip_now(params):
 
 
 def test_clipping_inside_the_optimizer_equals_clipping_before_it(tmp_path):
-    inside = weights_after_a_step(tmp_path / "a", 0.01)
-    before = weights_after_a_step(tmp_path / "b", 1e30, clip_now)
-    never = weights_after_a_step(tmp_path / "c", 1e30)
+    inside = weights_after_two_steps(tmp_path / "a", 0.01)
+    before = weights_after_two_steps(tmp_path / "b", 1e30, clip_now)
+    never = weights_after_two_steps(tmp_path / "c", 1e30)
     for a, b in zip(inside, before, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
-    assert any((a - c).abs().max() > 1e-7 for a, c in zip(inside, never, strict=True))
+        torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-6)
+    assert any((a - c).abs().max() > 1e-5 for a, c in zip(inside, never, strict=True))
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # inside torch.compile
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf"
+)  # inside torch.compile
 @pytest.mark.parametrize(
     "option",
     ["actor.gradient_checkpointing=false", "actor.gradient_checkpointing=selective", "actor.compile=true"],
