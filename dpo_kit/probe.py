@@ -165,9 +165,9 @@ def _one(config: Config, clock: Clock, policy: model.PairModel, batch: MicroBatc
     end = clock.now()
     forward, backward = clock.block()
     return {
-        "forward": middle - start - NUM_BLOCKS * forward,
+        "forward": max(0.0, middle - start - NUM_BLOCKS * forward),
         "block_forward": forward,
-        "backward": end - middle - NUM_BLOCKS * backward,
+        "backward": max(0.0, end - middle - NUM_BLOCKS * backward),
         "block_backward": backward,
     }
 

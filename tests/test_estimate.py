@@ -70,7 +70,7 @@ def test_auto_is_what_fits_and_the_references_bound_holds_online(config):
     config.actor.mb_spec.max_tokens_per_mb = "auto"
     config.ref.mb_spec.max_tokens_per_mb = 300
     assert estimate.micro_batch_bound(config, shape, 1, 64 * GIB) == 4096
-    assert estimate.micro_batch_bound(config, shape, 1, 500 * MIB) < 4096
+    assert estimate.micro_batch_bound(config, shape, 1, 410 * MIB) < 4096
     config.ref.logps = "online"
     assert estimate.micro_batch_bound(config, shape, 1, 64 * GIB) == 300
 
@@ -141,7 +141,7 @@ def test_a_real_probe_gives_seconds_for_every_part(tmp_path):
     config = tiny_config(tmp_path, "actor.dtype=float32", "actor.gradient_checkpointing=true")
     store = store_of(random_pairs(8), tmp_path / "pairs")
     found = probe.measure(config, builtin.ensure("tiny-random"), store, [[[0, 1, 2], [3]]])
-    assert all(found[part] > 0 for part in ("forward", "block_forward", "block_backward", "update"))
+    assert all(found[part] > 0 for part in ("block_forward", "block_backward", "update"))
     # Three blocks of 4 * 64 * 64 + 3 * 64 * 128 and two norms each, 264 * 64 twice, the last norm.
     assert found["params"] == 3 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 2 * 264 * 64 + 64
 
@@ -153,7 +153,7 @@ def test_what_fits_says_so_in_the_last_line(params_file, memory_of, capsys):
     assert cli.main(["estimate", "--config", params_file, "--no-probe"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == "fits"
-    assert any(line.split()[:2] == ["total", "0.48"] for line in lines), lines
+    assert any(line.split()[:2] == ["total", "0.40"] for line in lines), lines
 
 
 def test_json_has_the_same_numbers(params_file, memory_of, capsys):
@@ -166,12 +166,12 @@ def test_json_has_the_same_numbers(params_file, memory_of, capsys):
 
 
 def test_too_little_memory_is_refused_with_a_setting_that_fits(params_file, memory_of, capsys):
-    # Floor 480 MiB; the micro-batch of a whole step of bytes-as-tokens needs more than 10 MiB beside it.
-    memory_of(490 * MIB)
+    # Floor 400 MiB; the micro-batch of a whole step of bytes-as-tokens needs more than 5 MiB beside it.
+    memory_of(405 * MIB)
     argv = ["estimate", "--config", params_file, "actor.gradient_checkpointing=false"]
     assert cli.main(argv) == 2
     told = capsys.readouterr().err
-    assert "1 CPU rank, and 0.48 GiB are free; use actor." in told
+    assert "1 CPU rank, and 0.40 GiB are free; use actor." in told
     setting = told.strip().split("; use ")[1].split(" or less")[0].split()
     assert cli.main([*argv, "--no-probe", *setting]) == 0
 
