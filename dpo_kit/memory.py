@@ -34,8 +34,9 @@ PROCESS_BYTES = {"cpu": 400 * 2**20, "cuda": 1200 * 2**20}
 TYPICAL_PREFIX_SHARE = 0.4
 # glibc hands pieces from this size on back to the system at once; smaller ones leave holes.
 LARGEST_HEAP_PIECE = 32 * 2**20
-# Of the blocks' weights in fp32: on one rank, and with FSDP2, which allocates as it gathers and reduces.
-HEAP_SLACK = {"one": 0.3, "sharded": 1.5}
+# Bytes a small parameter: on one rank; with FSDP2, which gathers and reduces in buffers of other sizes, more.
+HEAP_SLACK = 1.2
+SHARDED_HEAP_SLACK = 4.0
 CUDA_SLACK = 0.08
 MOST_TOKENS = 1 << 24
 # More tokens a micro-batch are not worth a word.
@@ -70,7 +71,8 @@ def step_bytes(shape: Shape, config: Config, *, num_ranks: int, tokens: int) -> 
     if device == "cuda":
         slack = CUDA_SLACK * (parts["activations"] + parts["working"] + parts["copies"])
     else:
-        slack = HEAP_SLACK["one" if num_ranks == 1 else "sharded"] * 4 * _heap_params(shape)
+        each = HEAP_SLACK if num_ranks == 1 else SHARDED_HEAP_SLACK + 2 * compute
+        slack = each * _heap_params(shape)
     return {**parts, "allocator": int(slack), "process": PROCESS_BYTES[device]}
 
 
