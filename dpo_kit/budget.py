@@ -27,9 +27,8 @@ from torch.distributed.tensor import DTensor
 from dpo_kit import halving, memory, schedule
 from dpo_kit.config import Config
 from dpo_kit.costs import Shape
-from dpo_kit.packing import pair_cost, plan_step
+from dpo_kit.packing import plan_step
 from dpo_kit.parallel import World, masters
-from dpo_kit.preferences import PairStore
 
 CPU_TOKENS = 4096
 CUDA_TOKENS = 65536
@@ -93,12 +92,6 @@ def free_bytes(world: World) -> int:
     if world.device.type == "cuda":
         return torch.cuda.mem_get_info(world.device)[0]
     return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
-
-
-def pair_costs(store: PairStore, share: bool) -> np.ndarray:
-    """Tokens run for each pair of a store. Shape: (P,) int64"""
-    shared, chosen, rejected = store.all_lengths().T
-    return np.asarray(pair_cost((shared, chosen, rejected), share))  # type: ignore[arg-type]
 
 
 def largest_micro_batch(

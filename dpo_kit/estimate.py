@@ -21,7 +21,7 @@ from dpo_kit.config import Config
 from dpo_kit.costs import Shape
 from dpo_kit.errors import UserError
 from dpo_kit.files import read_json
-from dpo_kit.packing import plan_step
+from dpo_kit.packing import pair_costs, plan_step
 from dpo_kit.preferences import PairStore
 
 # Steps of a run that are planned; more tell nothing new.
@@ -134,7 +134,7 @@ def _tokens(
         return {"pairs": None, "largest_micro_batch": bound, "bound": bound}
     num_steps = schedule.num_steps(config, len(store))
     planned = _planned(config, len(store), num_steps)
-    costs = {share: budget.pair_costs(store, share) for share in (True, False)}
+    costs = {share: pair_costs(store.all_lengths(), share) for share in (True, False)}
     run = costs[config.actor.share_prompt]
     work = _work(config, shape, store, num_ranks)
     largest, _ = budget.largest_micro_batch(config, run, num_ranks, bound, work)
@@ -197,7 +197,7 @@ def _time(
     from dpo_kit import probe
 
     tokens, device, num_ranks = found["tokens"], found["device"], found["ranks"]
-    costs = budget.pair_costs(train, config.actor.share_prompt)
+    costs = pair_costs(train.all_lengths(), config.actor.share_prompt)
     plan = _probed(config, costs, tokens, num_ranks)
     seconds = probe.measure(config, str(folder), train, plan)
     layers = shape.layers
@@ -208,7 +208,9 @@ def _time(
     step = (forward * (2 if online else 1) + backward) * tokens["busiest_rank_per_step"]
     step += seconds["update"] * shape.params / seconds["params"]
     to_reference = 0 if online else _missing_tokens(config, train, valid)
-    valid_tokens = 0 if valid is None else int(budget.pair_costs(valid, config.actor.share_prompt).sum())
+    valid_tokens = (
+        0 if valid is None else int(pair_costs(valid.all_lengths(), config.actor.share_prompt).sum())
+    )
     num_evaluations = _num_evaluations(config, tokens, step)
     weights = shape.params * memory.DTYPE_BYTES[config.actor.dtype]
     parts = {
@@ -245,7 +247,7 @@ def _missing_tokens(config: Config, train: PairStore, valid: PairStore | None) -
         if store is not None:
             rows = np.arange(len(store)) if rows is None else rows
             found = reference.lookup(cache, reference.pair_keys(store, rows))[1]
-            missing += int(budget.pair_costs(store, share)[rows[~found]].sum())
+            missing += int(pair_costs(store.all_lengths(), share)[rows[~found]].sum())
     return missing
 
 

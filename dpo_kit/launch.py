@@ -291,7 +291,9 @@ def _differences(config: Config, other: Config) -> list[str]:
     """Keys in which two configurations mean different runs, with both values: `actor.beta: 0.1 -> 0.2`."""
     found = []
     for key, old, new in _leaves(config_module.to_tree(other), config_module.to_tree(config)):
-        if key != "trial_name" and not key.startswith("recover") and old != new:
+        # Micro-batches do not change a step: a run that halved them is the same run.
+        same = key == "trial_name" or key.startswith("recover") or key.endswith("max_tokens_per_mb")
+        if not same and old != new:
             found.append(f"{key}: {old} -> {new}")
     return found
 

@@ -129,14 +129,15 @@ class MicroBatch:
         return MicroBatch(**{**vars(self), **moved, "segments": self.segments.to(device)})
 
 
-def pair_cost(pair_lengths: tuple[int, int, int], share: bool) -> int:
-    """Tokens run for a pair of (shared, chosen, rejected) lengths, the latter two of the full texts."""
-    shared, chosen, rejected = pair_lengths
-    return chosen + rejected - (shared if share else 0)
-
-
 def pair_costs(lengths: np.ndarray, share: bool) -> np.ndarray:
-    """`pair_cost` of many pairs. Shape of `lengths`: (P, 3), of the result: (P,)"""
+    """Tokens run for pairs of (shared, chosen, rejected) lengths, the latter two of the full texts.
+
+    Args:
+        lengths: of each pair, from `PairStore.all_lengths`. Shape: (P, 3)
+
+    Returns:
+        Shape: (P,)
+    """
     return lengths[:, 1] + lengths[:, 2] - (lengths[:, 0] if share else 0)
 
 

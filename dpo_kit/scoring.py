@@ -46,6 +46,10 @@ def score(
             config, config.actor.path, config.actor.dtype, world, [store], trainable=False
         )
         state = Engine(config, world, policy, train=store, valid=None, progress=progress)
+        state.actor_tokens, state.ref_tokens = (
+            int(tokens) if tokens != "auto" else engine.CPU_FORWARD_TOKENS
+            for tokens in (s.mb_spec.max_tokens_per_mb for s in (config.actor, config.ref))
+        )
         worker.prepare_reference(state, Path(config.cluster.fileroot), np.arange(len(store)))
         state.valid, state.ref_valid = store, state.ref_train
         means, lines = engine.evaluate(state)

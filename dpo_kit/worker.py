@@ -123,7 +123,7 @@ def _run(run_dir: Path, config: Config, world: World, recorder: Recorder, should
 
 def check_micro_batch(config: Config, train: PairStore) -> None:
     """Refuses a micro-batch budget that the longest pair does not fit in."""
-    longest = int(budget.pair_costs(train, config.actor.share_prompt).max())
+    longest = int(packing.pair_costs(train.all_lengths(), config.actor.share_prompt).max())
     for name, spec in (("actor", config.actor.mb_spec), ("ref", config.ref.mb_spec)):
         tokens = spec.max_tokens_per_mb
         if tokens != "auto" and longest > int(tokens):
@@ -149,7 +149,7 @@ def settle_budget(run_dir: Path, state: Engine, free: int) -> None:
     except KeyError:  # another family, whose sizes have other names
         shape = None
     share = state.shares(state.policy)
-    costs = budget.pair_costs(state.train, share)
+    costs = packing.pair_costs(state.train.all_lengths(), share)
     work = None  # several ranks are balanced by FLOPs
     if shape is not None and world.size > 1:
         work = np.array([shape.pair_flops(pair, share) for pair in state.train.all_lengths().tolist()])

@@ -108,13 +108,6 @@ def test_rows_by_step_are_those_of_the_steps(tmp_path):
         assert [rows.tolist() for rows in found] == [rows.tolist() for rows in steps]
 
 
-def test_pair_costs_are_those_of_the_packing(tmp_path):
-    store = store_of(random_pairs(30), tmp_path / "pairs")
-    for share in (True, False):
-        expected = [packing.pair_cost(store.lengths(i), share) for i in range(30)]
-        assert budget.pair_costs(store, share).tolist() == expected
-
-
 # ---------------------------------------------------------------- measuring
 
 

@@ -11,7 +11,7 @@ import pytest
 from dpo_kit import builtin, cli, dataset, estimate, launch, model, preflight, probe, room
 from dpo_kit import config as config_module
 from dpo_kit.errors import UserError
-from dpo_kit.packing import pair_cost, plan_step
+from dpo_kit.packing import pair_costs, plan_step
 from dpo_kit.schedule import step_rows
 from tests.helpers import random_pairs, store_of, tiny_config
 
@@ -53,7 +53,7 @@ def test_tokens_are_those_of_the_plan_that_runs(config, memory_of):
     store = dataset.build(config)
     per_step, largest, micro_batches = [], 0, []
     for step in range(1, 8):
-        costs = [pair_cost(store.lengths(int(r)), True) for r in step_rows(config, len(store), step)]
+        costs = pair_costs(store.all_lengths()[step_rows(config, len(store), step)], True).tolist()
         plan = plan_step(costs, 2, 700)
         per_step.append(sum(costs))
         micro_batches.append(len(plan[0]))
@@ -96,7 +96,7 @@ def probed(monkeypatch):
 def test_seconds_of_a_step_by_hand(config, memory_of, probed):
     found = estimate.make(config)
     store, shape = dataset.build(config), model_shape()
-    costs = [pair_cost(store.lengths(i), True) for i in range(len(store))]
+    costs = pair_costs(store.all_lengths(), True).tolist()
     tokens = max(sum(costs[r] for m in rank for r in m) for rank in probed[0])
     # Two layers: forward 1 + 2, backward 1 + 2; the update of one parameter takes a second.
     expected = 6 / tokens * found["tokens"]["busiest_rank_per_step"] + shape.params
@@ -197,7 +197,7 @@ def test_a_launch_that_cannot_fit_leaves_no_folder(config, memory_of, tmp_path):
 def test_the_longest_pair_is_known_from_a_built_store(config, memory_of):
     assert preflight.longest_known_pair(config) == 1
     store = dataset.build(config)
-    longest = max(pair_cost(store.lengths(i), True) for i in range(len(store)))
+    longest = int(pair_costs(store.all_lengths(), True).max())
     assert preflight.longest_known_pair(config) == longest
     config.train_dataset.max_length -= 1
     assert preflight.longest_known_pair(config) == 1

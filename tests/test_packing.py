@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_kit.packing import pack, pair_cost, plan_step, response_sums
+from dpo_kit.packing import pack, pair_costs, plan_step, response_sums
 from dpo_kit.preferences import Pair
 
 
@@ -33,8 +33,9 @@ def test_the_drawn_example():
     assert b.targets.tolist() == [100, 101, 102, 200, 201, 202, 203]
     assert b.lens.tolist() == [3, 4]
     assert b.tokens.tolist() == [15, 11]
-    assert pair_cost((4, 7, 8), True) == 11
-    assert pair_cost((4, 7, 8), False) == 15
+    lengths = np.array([[4, 7, 8]])
+    assert pair_costs(lengths, True).tolist() == [11]
+    assert pair_costs(lengths, False).tolist() == [15]
 
 
 def test_unshared_row_holds_both_texts():
