@@ -76,7 +76,9 @@ def _check_memory(config: Config) -> None:
     needed = sum(memory.step_bytes(shape, config, num_ranks=num_ranks, tokens=longest).values())
     if needed > free:
         on_device = bool(config.cluster.n_gpus_per_node)
-        where, times = ("a device", 1) if on_device else (f"{num_ranks} CPU ranks", num_ranks)
+        where, times = (
+            ("a device", 1) if on_device else (f"{num_ranks} CPU rank{'s' * (num_ranks > 1)}", num_ranks)
+        )
         raise ConfigError(
             [
                 f"actor.path = {config.actor.path!r}: weights, optimizer and the longest pair need"
