@@ -129,7 +129,10 @@ def remedy(shape: Shape, config: Config, *, num_ranks: int, free_bytes: int, lon
             return f"use {words} actor.mb_spec.max_tokens_per_mb={min(fitting, PROPOSED_TOKENS)}"
     least = sum(step_bytes(shape, config, num_ranks=num_ranks, tokens=longest).values())
     what = f"the longest pair alone ({longest} tokens) needs" if longest > 1 else "the weights alone need"
-    return f"{what} {least / 2**30:.2f} GiB a rank, and no setting makes it fit; use a smaller model, a lower train_dataset.max_length, or a machine with more memory"
+    return (
+        f"{what} {least / 2**30:.2f} GiB a rank, and no setting makes it fit; use a smaller model, a lower"
+        " train_dataset.max_length, or a machine with more memory"
+    )
 
 
 def _cheaper(config: Config) -> list[dict[str, Any]]:
