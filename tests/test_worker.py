@@ -328,7 +328,7 @@ def stop_at_evaluation(run_dir):
 def test_a_pair_over_the_micro_batch_is_refused_by_name(tmp_path, section):
     config = tiny_config(tmp_path, f"{section}.mb_spec.max_tokens_per_mb=40")
     store = store_of(random_pairs(8), tmp_path / "pairs")
-    longest = max(packing.pair_cost(store.lengths(i), True) for i in range(8))
+    longest = int(packing.pair_costs(store.all_lengths(), True).max())
     with pytest.raises(
         UserError,
         match=rf"{section}\.mb_spec\.max_tokens_per_mb = 40 is less than the longest pair \({longest}",
