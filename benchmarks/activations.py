@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import common
+import inputs
 import trl_peer
 
 TARGET = 0.70
@@ -110,7 +111,7 @@ def trim() -> None:
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
     """One side at one recompute setting."""
-    store = common.open_store(job["store"])
+    store = inputs.open_store(job["store"])
     with tempfile.TemporaryDirectory() as folder:
         probe = Probe()
         if job["side"] == "trl-best":
@@ -124,8 +125,8 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
 
 def report(o: Any, call: Any) -> str:
     """Measures both sides at every recompute setting and writes the table."""
-    folder = common.model_folder(o.model)
-    store = common.pair_store(o, folder)
+    folder = inputs.model_folder(o.model)
+    store = inputs.pair_store(o, folder)
     lengths = [store.lengths(i) for i in range(len(store))]
     job = {"store": str(store.path), "model": folder, "dtype": o.dtype, "batch_size": len(store)}
     job |= {"steps": STEPS, "max_tokens": sum(c + r for _, c, r in lengths)}  # one micro-batch on both sides

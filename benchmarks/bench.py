@@ -20,10 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import common
+import inputs
 import trl_peer
 
 SIDES = {
     "kit": "this kit",
+    "kit-compiled": "this kit, compiled",
     "kit-unshared": "this kit, prompt run twice",
     "trl-best": "TRL at its best",
     "trl-defaults": "TRL's defaults",
@@ -37,7 +39,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     """One side, once: seconds and peak of the timed steps, losses of all, tokens, reference pass."""
     if job["side"] == "matmul":
         return {"flops": common.matmul_peak(job["dtype"])}
-    store, folder = common.open_store(job["store"]), Path(job["folder"])
+    store, folder = inputs.open_store(job["store"]), Path(job["folder"])
     window = common.Window(job["warmup"], job["steps"])
     if job["side"].startswith("trl"):
         found = trl_peer.train(job, store, folder, window.stepped)
@@ -65,8 +67,8 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
 
 def report(o: Any, call: Any) -> str:
     """Measures every side and writes the tables."""
-    folder = common.model_folder(o.model)
-    store = common.pair_store(o, folder)
+    folder = inputs.model_folder(o.model)
+    store = inputs.pair_store(o, folder)
     num_steps = len(store) // o.batch_size
     if num_steps * o.batch_size != len(store):
         raise SystemExit(f"--pairs {o.pairs} must be a multiple of --batch-size {o.batch_size}")
@@ -114,25 +116,28 @@ def _job(
     }
     if o.recompute:
         job["set"] += ["actor.gradient_checkpointing=true"]
+    if side == "kit-compiled":
+        job["set"] += ["actor.compile=true"]
     if side == "kit-unshared":
         job["set"] += ["actor.share_prompt=false"]
     if side.startswith("trl"):
         job["micro_batch"] = micro
     same = {k: v for k, v in job.items() if k not in ("repeat", "steps", "warmup")}
     mark = hashlib.sha256(json.dumps([same, common.code_version()]).encode()).hexdigest()[:12]
-    return job | {"folder": str(common.WORK / "bench" / mark)}  # one a side: its own cache of the reference
+    return job | {"folder": str(inputs.WORK / "bench" / mark)}  # one a side: its own cache of the reference
 
 
 def _text(o: Any, folder: str, store: Any, peak: float, results: dict, failed: dict, micro: dict) -> str:
-    shape = common.shape_of(folder)
+    shape = inputs.shape_of(folder)
     lengths = [store.lengths(i) for i in range(len(store))]
     tokens = sum(c + r for _, c, r in lengths)
     num_steps = len(store) // o.batch_size
-    useful = common.flops(shape, store, share=True) / num_steps
+    useful = inputs.flops(shape, store, share=True) / num_steps
     per_step = {
         "kit": useful,
-        "kit-unshared": common.flops(shape, store, share=False) / num_steps,
-        "trl-best": common.padded_flops(shape, store, o.batch_size, all_positions=not common.has_cuda())
+        "kit-compiled": useful,
+        "kit-unshared": inputs.flops(shape, store, share=False) / num_steps,
+        "trl-best": inputs.padded_flops(shape, store, o.batch_size, all_positions=not common.has_cuda())
         / num_steps,
     }
     # Seconds a step: timed seconds scaled from the tokens that were seen to the tokens of a mean step
@@ -198,15 +203,16 @@ def _warmup(o: Any, num_steps: int) -> str:
 
 
 def _ratios(results: dict, seconds: dict, per_step: dict) -> str:
-    """The kit's times against every other side's, repeat by repeat, beside what the formula predicts."""
+    """Every other side's times over the kit's, repeat by repeat, beside what the formula predicts."""
+    ours = [side for side in ("kit", "kit-compiled") if side in results]
+    others = [side for side in results if side not in ours]
     rows = []
-    for other in results:
-        if other == "kit" or "kit" not in results:
-            continue
-        both = [b / a for a, b in zip(seconds["kit"], seconds[other], strict=False)]
-        predicted = f"{per_step[other] / per_step['kit']:.2f}" if other in per_step else "-"
-        rows.append([SIDES[other], f"{common.spread(both)}x", f"{predicted}x" if predicted != "-" else "-"])
-    return common.table(["this kit is faster than", "measured", "by the formula"], rows) if rows else ""
+    for other in others:
+        ratios = [[b / a for a, b in zip(seconds[mine], seconds[other], strict=False)] for mine in ours]
+        predicted = f"{per_step[other] / per_step['kit']:.2f}x" if other in per_step else "-"
+        rows.append([SIDES[other], *(f"{common.spread(both)}x" for both in ratios), predicted])
+    header = ["times that of", *(SIDES[side] for side in ours), "by the formula"]
+    return common.table(header, rows) if ours and rows else ""
 
 
 def _agreement(o: Any, results: dict, tokens: int) -> str:
@@ -222,7 +228,7 @@ def _agreement(o: Any, results: dict, tokens: int) -> str:
         parts.append(f"{run['tokens']:.0f} data tokens timed" + _same(run["tokens"], tokens) * whole)
         if run["positions"]:
             parts.append(f"{run['positions'] / run['tokens'] - 1:.0%} padding on top")
-        if side in ("kit-unshared", "trl-best") and "kit" in results:
+        if side in ("kit-compiled", "kit-unshared", "trl-best") and "kit" in results:
             pairs = list(zip(results["kit"][0]["losses"], run["losses"], strict=False))
             worst = max(abs(a - b) for a, b in pairs)
             parts.append(

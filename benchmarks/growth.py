@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import common
+import inputs
 import numpy as np
 
 PAIRS, LENGTHS = (4, 8, 16, 32, 64), (128, 256, 512, 1024, 2048)
@@ -25,9 +26,9 @@ def measure(job: dict[str, Any]) -> list[float]:
     """Seconds of the steps at one setting, the first left out."""
     seconds: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
-        vocab = common.shape_of(job["model"]).vocab
-        pairs = common.synthetic_pairs(job["shape"], job["batch_size"], vocab)
-        store = common.write_pairs(pairs, Path(folder) / "pairs", job["model"])
+        vocab = inputs.shape_of(job["model"]).vocab
+        pairs = inputs.synthetic_pairs(job["shape"], job["batch_size"], vocab)
+        store = inputs.write_pairs(pairs, Path(folder) / "pairs", job["model"])
         with common.kit_engine(job, store, Path(folder)) as (state, _):
             common.kit_train(state, lambda record: seconds.append(record["step_s"]))
     return seconds[1:]
@@ -35,8 +36,8 @@ def measure(job: dict[str, Any]) -> list[float]:
 
 def report(o: Any, call: Any) -> str:
     """Measures every size; writes tables and the picture."""
-    folder = common.model_folder(o.model, o.layers if o.model.startswith("random:") else 0)
-    shape = common.shape_of(folder)
+    folder = inputs.model_folder(o.model, o.layers if o.model.startswith("random:") else 0)
+    shape = inputs.shape_of(folder)
     settings = [("pairs", n, n, SHAPE) for n in o.counts]
     settings += [("length", n, LENGTH_PAIRS, (n // 2, n // 4, n // 4)) for n in o.lengths]
     found: dict[str, list[dict[str, Any]]] = {"pairs": [], "length": []}

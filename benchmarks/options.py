@@ -2,7 +2,7 @@
 
     python benchmarks/options.py                     two random models of about 0.1B, 4 pairs of 256/128/128 a step
 
-Options that this version of the kit does not have are skipped with a line. Every row is a process of its own; rows
+Every row is a process of its own; rows
 of one model differ from its first in the one setting named.
 """
 
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import common
+import inputs
 
 MODELS = ("random:smollm2-135m", "random:qwen2-0.15b")
 OPTIONS = (
@@ -30,7 +31,7 @@ WARMUP = 2
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
     """Seconds of the first step and of those after the warm-up, peak, last loss."""
-    store = common.open_store(job["store"])
+    store = inputs.open_store(job["store"])
     window = common.Window(WARMUP, job["steps"])
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -54,40 +55,22 @@ def num_graphs() -> int:
     return int(counters["stats"].get("unique_graphs", 0))
 
 
-def allowed(override: str) -> bool:
-    """Whether the configuration takes the value too: a newer kit knows the key with more values."""
-    from dpo_kit.errors import ConfigError
-
-    if not override or not common.known(override):
-        return not override
-    job = {"model": "tiny-random", "dtype": "float32", "max_tokens": 1, "batch_size": 1, "steps": 1}
-    try:
-        common.kit_config({**job, "set": [override]}, common.WORK)
-    except ConfigError as error:
-        print(f"skipped {override}: {error}", file=sys.stderr, flush=True)
-        return False
-    return True
-
-
 def report(o: Any, call: Any) -> str:
     """Measures every row and writes a table a model."""
-    usable = [override for override in OPTIONS if allowed(override)]
-    skipped = [override for override in OPTIONS if override not in usable]
     parts = [
         common.head(
             "Options on and off",
             f"{o.dtype}, {o.pairs} pairs a step of {o.shape}, the same {o.pairs} pairs in every step; median (min-max) "
             f"of {o.steps - WARMUP} steps after {WARMUP}; peak: "
             f"{'allocated' if common.has_cuda() else 'resident'} memory of those steps.",
-            *([f"Not in this version of the kit: `{'`, `'.join(skipped)}`."] if skipped else []),
         )
     ]
     for model in o.models:
-        folder = common.model_folder(model, o.layers if model.startswith("random:") else 0)
+        folder = inputs.model_folder(model, o.layers if model.startswith("random:") else 0)
         o.model = model
-        store = common.pair_store(o, folder)
+        store = inputs.pair_store(o, folder)
         results = []
-        for override in usable:
+        for override in OPTIONS:
             job = {"name": f"{model} {override}", "model": folder, "store": str(store.path), "dtype": o.dtype}
             job |= {
                 "batch_size": len(store),
@@ -99,7 +82,7 @@ def report(o: Any, call: Any) -> str:
             except common.ChildFailed as error:
                 print(error, file=sys.stderr)
                 results.append((override, None))
-        parts.append(_table(model, common.shape_of(folder), results))
+        parts.append(_table(model, inputs.shape_of(folder), results))
     return "\n\n".join(parts)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import common
+import inputs
 
 TARGET = 0.92
 WARMUP = 3
@@ -63,14 +64,14 @@ def measure(job: dict[str, Any]) -> list[dict[str, Any]]:
     The setting is switched after each step. An engine may lay out its next step ahead of time, so which of the two
     a step was is read from the tokens it ran.
     """
-    store = common.open_store(job["store"])
+    store = inputs.open_store(job["store"])
     size = job["batch_size"]
     warmup = WARMUP + job["repeat"] % 2
     plan = [0] * warmup + [step for step in range(job["num_steps"]) for _ in range(2)]
     lines: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         rows = [row for step in plan for row in range(step * size, (step + 1) * size)]
-        twice = common.write_pairs([store.pair(i) for i in rows], Path(folder) / "pairs", job["model"])
+        twice = inputs.write_pairs([store.pair(i) for i in rows], Path(folder) / "pairs", job["model"])
         whole = {**job, "steps": len(plan), "lr": 0.0}
         with common.kit_engine(whole, twice, Path(folder)) as (state, _):
             watch = Watch()
@@ -94,9 +95,9 @@ def measure(job: dict[str, Any]) -> list[dict[str, Any]]:
 
 def report(o: Any, call: Any) -> str:
     """Runs it and writes the table."""
-    folder = common.model_folder(o.model)
-    store = common.pair_store(o, folder)
-    shape, size = common.shape_of(folder), o.batch_size
+    folder = inputs.model_folder(o.model)
+    store = inputs.pair_store(o, folder)
+    shape, size = inputs.shape_of(folder), o.batch_size
     job = {"store": str(store.path), "model": folder, "dtype": o.dtype, "batch_size": size, "set": o.set}
     job |= {"num_steps": len(store) // size, "max_tokens": o.max_tokens}
     runs = [call({**job, "repeat": repeat}) for repeat in range(o.repeats)]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import common
+import inputs
 from options import num_graphs
 
 # Kind of work -> parts of a kernel's or an operator's name; the first that fits counts
@@ -70,7 +71,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    store = common.open_store(job["store"])
+    store = inputs.open_store(job["store"])
     activities = [ProfilerActivity.CUDA if common.has_cuda() else ProfilerActivity.CPU]
     profiler = profile(activities=activities)
     graphs, seconds, clock = [], [], {"start": 0.0}
@@ -110,8 +111,8 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
 
 def report(o: Any, call: Any) -> str:
     """Profiles one setting and writes the tables."""
-    folder = common.model_folder(o.model)
-    store = common.pair_store(o, folder)
+    folder = inputs.model_folder(o.model)
+    store = inputs.pair_store(o, folder)
     job = {"name": o.model, "model": folder, "store": str(store.path), "dtype": o.dtype, "set": o.set}
     job |= {"batch_size": o.batch_size, "steps": o.steps, "max_tokens": o.max_tokens}
     found = call(job)

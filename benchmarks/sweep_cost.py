@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import common
+import inputs
 
 BETAS = (0.05, 0.1, 0.2, 0.5)
 REFERENCE = "reference pass"
@@ -85,7 +86,7 @@ def report(o: Any, call: Any) -> str:
     job = {"model": o.model, "dtype": o.dtype, "steps": o.steps, "valid": o.valid, "max_tokens": o.max_tokens}
     job["set"] = o.set
     if o.model.startswith("random:"):
-        job["model"] = common.model_folder(o.model)
+        job["model"] = inputs.model_folder(o.model)
     sweep = call({**job, "name": "sweep", "command": "sweep", "betas": BETAS})
     singles = [
         call({**job, "name": f"single run, beta {beta}", "command": "train", "betas": [beta]})

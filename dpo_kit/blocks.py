@@ -43,7 +43,7 @@ def compile_blocks(blocks: Sequence[nn.Module], *, dynamic: bool | None, backend
     Args:
         dynamic: whether the number of tokens is a variable of the graph; see `torch.compile`.
     """
-    # Each padded length and each of forward, backward and evaluation is a graph.
+    # With and without gradients, in training and in evaluation: each is a graph.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     for block in blocks:
         block.forward = torch.compile(block.forward, dynamic=dynamic, backend=backend)  # type: ignore[method-assign]

@@ -18,13 +18,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from dpo_kit import halving, memory, schedule
+from dpo_kit import halving, memory, room, schedule
 from dpo_kit.config import Config
 from dpo_kit.costs import Shape
 from dpo_kit.packing import plan_step
@@ -91,7 +90,7 @@ def free_bytes(world: World) -> int:
     """Memory that this rank may use: its device's, or its part of the machine's. Ask before loading weights."""
     if world.device.type == "cuda":
         return torch.cuda.mem_get_info(world.device)[0]
-    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
+    return room.free_host_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
 
 
 def largest_micro_batch(
@@ -246,10 +245,10 @@ def leaving_no_trace(policy: nn.Module, reserve_bytes: int = 0) -> Iterator[None
     on_cuda = device.type == "cuda"
     before = torch.get_rng_state(), torch.cuda.get_rng_state(device) if on_cuda else None
     try:
-        room: Any = torch.empty(reserve_bytes, dtype=torch.uint8, device=device)
+        reserve: Any = torch.empty(reserve_bytes, dtype=torch.uint8, device=device)
         yield
     finally:
-        room = None  # noqa: F841 - given back before the cache is emptied
+        reserve = None  # noqa: F841 - given back before the cache is emptied
         for parameter in parameters:
             parameter.grad = None
         torch.set_rng_state(before[0])

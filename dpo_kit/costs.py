@@ -16,6 +16,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+# Elements of one [tokens, vocabulary] chunk of the log-prob head: 32 Mi are 128 MiB in fp32; fewer rows a chunk make
+# thin, slow matmuls. A GPU wants 4k tokens and more (performance figures of the field, not measured here).
+HEAD_CHUNK_ELEMENTS = {"cpu": 1 << 25, "cuda": 1 << 29}
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -69,6 +75,10 @@ class Shape:
     def params(self) -> int:
         """Parameters that are stored: blocks, output layer, and the embedding unless it is the same matrix."""
         return self.body_params + self.head_params * (1 if self.tied else 2)
+
+    def work(self, lengths: np.ndarray, share: bool) -> np.ndarray:
+        """`pair_flops` of each row of lengths, by which ranks are balanced. Shapes: (P, 3) -> (P,)"""
+        return np.array([self.pair_flops(pair, share) for pair in lengths.tolist()])
 
     def attention_flops(self, queries: int, earlier: int) -> float:
         """A(q, k0): causal attention of q queries that also see k0 earlier keys, a forward, all layers."""

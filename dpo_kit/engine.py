@@ -23,7 +23,6 @@ from torch import Tensor
 
 from dpo_kit import metrics as names
 from dpo_kit.config import Config
-from dpo_kit.costs import Shape
 from dpo_kit.errors import UserError
 from dpo_kit.losses import implicit_rewards, loss_at_reference, preference_loss
 from dpo_kit.measures import gaps_of, pair_records, sums_of
@@ -32,7 +31,7 @@ from dpo_kit.optimizer import LeanAdamW
 from dpo_kit.packing import MicroBatch, pack, pair_costs, plan_step, response_sums
 from dpo_kit.parallel import DTYPES, World, grad_norm, masters, publish
 from dpo_kit.preferences import PairStore
-from dpo_kit.schedule import learning_rate, num_steps, step_rows, steps_per_epoch
+from dpo_kit.schedule import learning_rate, num_steps, rows_by_step, steps_per_epoch
 
 Rows = Sequence[int] | np.ndarray
 # Forward-only passes keep no activations: larger micro-batches fill a GPU. A CPU is at its fastest with 2k to 4k
@@ -92,20 +91,12 @@ def micro_batches(
         models: that will run them; the policy and a resident reference when left out.
     """
     share, world = engine.shares(*(models or (engine.policy, engine.ref_model))), engine.world
-    lengths = store.all_lengths()[rows]
-    work = _flops(engine, lengths, share) if world.size > 1 else None
+    lengths, shape = store.lengths_of(rows), engine.policy.shape
+    work = shape.work(lengths, share).tolist() if shape is not None and world.size > 1 else None
     for members in plan_step(pair_costs(lengths, share).tolist(), world.size, max_tokens, work)[world.rank]:
         picked = [int(rows[i]) for i in members] or [int(rows[0])]
         weights = [1.0] * len(members) or [0.0]
         yield pack([store.pair(r) for r in picked], picked, share=share, weights=weights).to(world.device)
-
-
-def _flops(engine: Engine, lengths: np.ndarray, share: bool) -> list[float] | None:
-    try:
-        shape = Shape.of(engine.policy.lm.config.to_dict())
-    except KeyError:  # another family, whose sizes have other names: balanced by tokens
-        return None
-    return [shape.pair_flops(pair, share) for pair in lengths.tolist()]
 
 
 def response_logps(model: PairModel, batch: MicroBatch) -> tuple[Tensor, Tensor]:
@@ -257,7 +248,7 @@ def _chunked(
     on_cuda = engine.world.device.type == "cuda"
     max_tokens = bound * CUDA_FORWARD_FACTOR if on_cuda else min(bound, CPU_FORWARD_TOKENS)
     share = engine.shares(*(models or (engine.policy, engine.ref_model)))
-    costs = pair_costs(store.all_lengths()[rows], share)
+    costs = pair_costs(store.lengths_of(rows), share)
     group: list[int] = []
     tokens = done = 0
     for i in [*np.argsort(-costs, kind="stable").tolist(), None]:
@@ -317,11 +308,11 @@ def train(engine: Engine, hooks: Hooks) -> int:
         hooks.evaluated(0, *evaluate(engine, at_reference=engine.policy_is_reference))
     engine.policy.train()
 
-    def prepared(step: int) -> tuple[int, list[MicroBatch]]:
-        rows = step_rows(config, num_pairs, step)
+    def prepared(rows: np.ndarray) -> tuple[int, list[MicroBatch]]:
         return len(rows), list(micro_batches(engine, engine.train, rows, engine.max_tokens))
 
-    upcoming = prepared(1)
+    rows_to_come = rows_by_step(config, num_pairs)
+    upcoming = prepared(next(rows_to_come))
     for step in range(1, total + 1):
         engine.progress("first step" if step == 1 else "training", step - 1, total, step=step - 1)
         pairs, batches = upcoming
@@ -330,7 +321,7 @@ def train(engine: Engine, hooks: Hooks) -> int:
         sums, norm, gaps = train_step(engine, optimizer, batches, pairs, lr)
         sums[-1] = float(engine.should_stop())
         if step < total:
-            upcoming = prepared(step + 1)  # while the device still works
+            upcoming = prepared(next(rows_to_come))  # while the device still works
         values = world.sum(sums).tolist()
         seconds = time.perf_counter() - start
         record = {"step": step, **names.means(values, "dpo"), "lr": lr, "grad_norm": float(norm)}

@@ -136,7 +136,8 @@ def _tokens(
     planned = _planned(config, len(store), num_steps)
     costs = {share: pair_costs(store.all_lengths(), share) for share in (True, False)}
     run = costs[config.actor.share_prompt]
-    work = _work(config, shape, store, num_ranks)
+    share = config.actor.share_prompt
+    work = shape.work(store.all_lengths(), share) if num_ranks > 1 else None
     largest, _ = budget.largest_micro_batch(config, run, num_ranks, bound, work)
     per_rank, num_micro_batches = [], []
     for rows in planned:
@@ -155,14 +156,6 @@ def _tokens(
         "longest_pair": int(run.max()),
         "bound": bound,
     }
-
-
-def _work(config: Config, shape: Shape, store: PairStore, num_ranks: int) -> np.ndarray | None:
-    """FLOPs of each pair, by which more than one rank is balanced. Shape: (P,)"""
-    if num_ranks == 1:
-        return None
-    share = config.actor.share_prompt
-    return np.array([shape.pair_flops(lengths, share) for lengths in store.all_lengths().tolist()])
 
 
 def micro_batch_bound(config: Config, shape: Shape, num_ranks: int, free: int) -> int:

@@ -19,16 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Elements of one [K, V] chunk: 32 Mi are 128 MiB in fp32; fewer rows a chunk make thin, slow matmuls. A GPU
-# wants 4k tokens and more (performance figures of the field, not measured here).
-CHUNK_ELEMENTS = 1 << 25
-CUDA_CHUNK_ELEMENTS = 1 << 29
+from dpo_kit.costs import HEAD_CHUNK_ELEMENTS
+
 MIN_CHUNK_TOKENS = 64
 
 
 def chunk_tokens(num_tokens: int, vocab_size: int, *, cuda: bool = False) -> int:
-    """Tokens of one chunk: as many as `CHUNK_ELEMENTS` holds, in equal parts."""
-    most = max(MIN_CHUNK_TOKENS, (CUDA_CHUNK_ELEMENTS if cuda else CHUNK_ELEMENTS) // vocab_size)
+    """Tokens of one chunk: as many as `HEAD_CHUNK_ELEMENTS` holds, in equal parts."""
+    most = max(MIN_CHUNK_TOKENS, HEAD_CHUNK_ELEMENTS["cuda" if cuda else "cpu"] // vocab_size)
     num_chunks = max(1, -(-num_tokens // most))
     return max(1, -(-num_tokens // num_chunks))
 

@@ -24,11 +24,9 @@ import copy
 from typing import Any
 
 from dpo_kit.config import Config
-from dpo_kit.costs import Shape
+from dpo_kit.costs import HEAD_CHUNK_ELEMENTS, Shape
 
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
-# Elements of one chunk of logits; the same number as `logprobs.CHUNK_ELEMENTS`, which needs torch.
-HEAD_CHUNK_ELEMENTS = {"cpu": 1 << 25, "cuda": 1 << 29}
 PROCESS_BYTES = {"cpu": 400 * 2**20, "cuda": 1200 * 2**20}
 # Of the tokens of a pair, how many are its shared prefix: on CUDA their keys and values are kept twice.
 TYPICAL_PREFIX_SHARE = 0.4
@@ -55,7 +53,7 @@ def step_bytes(shape: Shape, config: Config, *, num_ranks: int, tokens: int) -> 
     actor = config.actor
     compute = DTYPE_BYTES[actor.dtype]
     master = max(compute, 4)
-    device = "cuda" if config.cluster.n_gpus_per_node not in (0, "auto") else "cpu"
+    device = _device(config)
     parts = {
         "weights": shape.params * master // num_ranks,
         "optimizer": 2 * shape.params * _state_bytes(config) // num_ranks,
@@ -101,10 +99,14 @@ def checkpoint_bytes(shape: Shape, config: Config) -> int:
     return shape.params * (max(DTYPE_BYTES[config.actor.dtype], 4) + 2 * _state_bytes(config))
 
 
+def _device(config: Config) -> str:
+    return "cuda" if config.cluster.n_gpus_per_node not in (0, "auto") else "cpu"
+
+
 def _state_bytes(config: Config) -> int:
     if config.actor.dtype == "float64":
         return 8
-    return DTYPE_BYTES[getattr(config.actor.optimizer, "state_dtype", "float32")]
+    return DTYPE_BYTES[config.actor.optimizer.state_dtype]
 
 
 def remedy(shape: Shape, config: Config, *, num_ranks: int, free_bytes: int, longest: int) -> str:
@@ -142,7 +144,7 @@ def _cheaper(config: Config) -> list[dict[str, Any]]:
         steps.append({"actor.gradient_checkpointing": True})
     if config.ref.logps == "online":
         steps.append({"ref.logps": "cached"})
-    if _state_bytes(config) == 4 and hasattr(config.actor.optimizer, "state_dtype"):
+    if _state_bytes(config) == 4:
         steps.append({"actor.optimizer.state_dtype": "bfloat16"})
     if config.actor.dtype != "bfloat16":
         steps.append({"actor.dtype": "bfloat16"})
@@ -183,8 +185,8 @@ def kept_bytes(shape: Shape, config: Config) -> int:
 
 
 def _block_bytes(shape: Shape, config: Config) -> int:
-    on_cuda = config.cluster.n_gpus_per_node not in (0, "auto")
-    return block_bytes(shape, DTYPE_BYTES[config.actor.dtype], TYPICAL_PREFIX_SHARE if on_cuda else 0.0)
+    twice = TYPICAL_PREFIX_SHARE if _device(config) == "cuda" else 0.0
+    return block_bytes(shape, DTYPE_BYTES[config.actor.dtype], twice)
 
 
 def _recomputed(shape: Shape, config: Config) -> int:

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_kit import attention, blocks
+from dpo_kit.costs import Shape
 from dpo_kit.errors import UserError
 from dpo_kit.files import atomic_write, read_json
 from dpo_kit.logprobs import LogprobHead, logps_of_logits
@@ -40,6 +42,14 @@ class PairModel(nn.Module):
     def __init__(self, lm: Any, packed: bool = True):
         super().__init__()
         self.lm, self.packed = lm, packed
+
+    @cached_property
+    def shape(self) -> Shape | None:
+        """The model's sizes; None of a family that calls them by other names."""
+        try:
+            return Shape.of(self.lm.config.to_dict())
+        except KeyError:
+            return None
 
     def forward(self, batch: MicroBatch) -> Tensor:
         """Log-prob of each scored token in nats. Shape: (S,)"""

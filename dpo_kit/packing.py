@@ -86,7 +86,7 @@ def varlen(lengths: Tensor, device: torch.device) -> Varlen:
     keys[own] = keys[again] = np.arange(row_at[-1])
 
     def send(array: np.ndarray, dtype: Any) -> Tensor:
-        return torch.from_numpy(array.astype(dtype)).to(device, non_blocking=True)
+        return _sent(torch.from_numpy(array.astype(dtype)), device)
 
     return Varlen(
         cu_q=send(np.concatenate([[0], np.cumsum(sizes_q)]), np.int32),
@@ -98,6 +98,11 @@ def varlen(lengths: Tensor, device: torch.device) -> Varlen:
         again=send(again, np.int64),
         is_twice=send(is_twice, bool),
     )
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on a device; from pinned memory, or the copy would make the host wait."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 @dataclass
@@ -120,12 +125,7 @@ class MicroBatch:
         """The same micro-batch on `device`."""
         if device.type == "cpu":
             return self
-        # Pinned memory, or the copies would make the host wait.
-        moved = {
-            k: v.pin_memory().to(device, non_blocking=True)
-            for k, v in vars(self).items()
-            if isinstance(v, Tensor)
-        }
+        moved = {k: _sent(v, device) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return MicroBatch(**{**vars(self), **moved, "segments": self.segments.to(device)})
 
 

@@ -112,7 +112,7 @@ def shard(model: nn.Module, world: World, dtype: torch.dtype) -> nn.Module:
     # A model of another family may be built otherwise: then the root alone is sharded.
     known = all(hasattr(body, name) for name in ("embed_tokens", "norm", "layers")) and hasattr(lm, "lm_head")
     if known:
-        _shard_parts(lm, options, world)
+        _shard_parts(lm, options)
     fully_shard(model, reshard_after_forward=False, **options)
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -122,7 +122,7 @@ def shard(model: nn.Module, world: World, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def _shard_parts(lm: Any, options: dict[str, Any], world: World) -> None:
+def _shard_parts(lm: Any, options: dict[str, Any]) -> None:
     body = lm.model
     if lm.lm_head.weight is body.embed_tokens.weight:
         fully_shard([body.embed_tokens, body.norm, lm.lm_head], reshard_after_forward=False, **options)
@@ -130,7 +130,7 @@ def _shard_parts(lm: Any, options: dict[str, Any], world: World) -> None:
         fully_shard(body.embed_tokens, **options)
         fully_shard([body.norm, lm.lm_head], reshard_after_forward=False, **options)
     for block in body.layers:
-        fully_shard(block, reshard_after_forward=world.size > 1, **options)
+        fully_shard(block, reshard_after_forward=True, **options)
 
 
 def add_masters(model: nn.Module, dtype: torch.dtype) -> None:

@@ -133,8 +133,13 @@ class PairStore:
 
     def all_lengths(self) -> np.ndarray:
         """`lengths(i)` of every pair as one array. Shape: (P, 3) int64, columns shared, chosen, rejected"""
-        texts = np.diff(self.chosen_offsets), np.diff(self.rejected_offsets)
-        return np.stack([np.asarray(column, np.int64) for column in (self.shared, *texts)], axis=1)
+        return self.lengths_of(np.arange(len(self)))
+
+    def lengths_of(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """`lengths(i)` of some pairs, in the order given. Shape: (len(rows), 3) int64"""
+        at = np.asarray(rows, np.int64)
+        texts = (offsets[at + 1] - offsets[at] for offsets in (self.chosen_offsets, self.rejected_offsets))
+        return np.stack([np.asarray(column, np.int64) for column in (self.shared[at], *texts)], axis=1)
 
     @property
     def fingerprint(self) -> str:
@@ -150,6 +155,16 @@ class PairStore:
     def report(self) -> dict[str, Any]:
         """The build report (`dataset.format_report` prints it)."""
         return self.meta["report"]
+
+
+def arrays_of(pairs: Sequence[Pair]) -> dict[str, np.ndarray]:
+    """Pairs as `write_store` takes them, in the order given."""
+    texts = {"chosen": [p.chosen_ids for p in pairs], "rejected": [p.rejected_ids for p in pairs]}
+    arrays = {f"{side}_ids": np.concatenate(ids) for side, ids in texts.items()}
+    arrays |= {f"{side}_offsets": np.cumsum([0, *map(len, ids)]) for side, ids in texts.items()}
+    return arrays | {
+        name: np.array([getattr(p, name) for p in pairs]) for name in ("shared", "prompt", "context", "index")
+    }
 
 
 def open_store(path: str | os.PathLike[str], *, check_hashes: bool = True) -> PairStore:

@@ -144,15 +144,9 @@ def settle_budget(run_dir: Path, state: Engine, free: int) -> None:
         free: bytes of this rank before the policy was loaded (`budget.free_bytes`).
     """
     config, world = state.config, state.world
-    try:
-        shape = Shape.of(state.policy.lm.config.to_dict())
-    except KeyError:  # another family, whose sizes have other names
-        shape = None
-    share = state.shares(state.policy)
-    costs = packing.pair_costs(state.train.all_lengths(), share)
-    work = None  # several ranks are balanced by FLOPs
-    if shape is not None and world.size > 1:
-        work = np.array([shape.pair_flops(pair, share) for pair in state.train.all_lengths().tolist()])
+    shape, lengths, share = state.policy.shape, state.train.all_lengths(), state.shares(state.policy)
+    costs = packing.pair_costs(lengths, share)
+    work = shape.work(lengths, share) if shape is not None and world.size > 1 else None
     on_cuda = world.device.type == "cuda"
     before = halving.read(run_dir)
     made = budget.settle(

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from dpo_kit import config as config_module
 from dpo_kit import engine, model, parallel, worker
-from dpo_kit.preferences import Pair, PairStore, longest_common_prefix, open_store, write_store
+from dpo_kit.preferences import Pair, PairStore, arrays_of, longest_common_prefix, open_store, write_store
 
 VOCAB = 200
 
@@ -41,19 +41,7 @@ def pair_of(shared: int, chosen: int, rejected: int, prompt: int | None = None) 
 
 def store_of(pairs: list[Pair], folder: Path) -> PairStore:
     """Writes pairs as a store and opens it."""
-    offsets = [np.cumsum([0, *(len(ids) for ids in texts)]) for texts in both_texts(pairs)]
-    flat = [np.concatenate(texts) for texts in both_texts(pairs)]
-    arrays = {
-        "chosen_ids": flat[0],
-        "chosen_offsets": offsets[0],
-        "rejected_ids": flat[1],
-        "rejected_offsets": offsets[1],
-        **{
-            name: np.array([getattr(p, name) for p in pairs])
-            for name in ("shared", "prompt", "context", "index")
-        },
-    }
-    return write_store(folder, arrays, {"tokenizer": {"path": "tiny-random"}, "report": {}})
+    return write_store(folder, arrays_of(pairs), {"tokenizer": {"path": "tiny-random"}, "report": {}})
 
 
 def both_texts(pairs: list[Pair]) -> tuple[list[np.ndarray], list[np.ndarray]]:

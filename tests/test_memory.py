@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpo_kit import builtin, logprobs, memory, worker
+from dpo_kit import builtin, memory, worker
 from dpo_kit.costs import Shape
 from dpo_kit.packing import pack
 from tests.helpers import one_rank, random_pairs, store_of, tiny_config
@@ -67,11 +67,6 @@ def test_an_online_reference_is_a_second_model(config):
     config.ref.logps, config.ref.dtype = "online", "bfloat16"
     found = parts(config)
     assert found["reference"] == found["weights"] // 2
-
-
-def test_the_chunk_is_the_heads_own():
-    assert memory.HEAD_CHUNK_ELEMENTS["cpu"] == logprobs.CHUNK_ELEMENTS
-    assert memory.HEAD_CHUNK_ELEMENTS["cuda"] == logprobs.CUDA_CHUNK_ELEMENTS
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
