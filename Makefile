@@ -10,13 +10,14 @@ NOTEBOOK := notebooks/train.ipynb
 OUT := out.ipynb
 BENCH ?=
 
-.PHONY: help setup demo test check bench lab record clean
+.PHONY: help setup demo test check bench evidence lab record clean
 
 help:
 	@echo "make demo    environment, then the training notebook on the embedded default (-> out.ipynb, out.html)"
 	@echo "make test    environment, then every test but those marked slow, gpu or evidence"
 	@echo "make check   format, lint, types, layers, recorded notebooks"
 	@echo "make bench   training speed against TRL on this machine (about 25 minutes on two cores); BENCH=options"
+	@echo "make evidence  hours: 50 kills, 1 GiB of pairs, 2,000 steps (docs/faults.md)"
 	@echo "make lab     JupyterLab in notebooks/"
 	@echo "make record  render the notebooks again that tests compare with"
 
@@ -48,6 +49,11 @@ check: $(VENV)/.ready
 bench: setup
 	$(BIN)/pip install -q --disable-pip-version-check $(PIP_INDEX) -c constraints.txt -e ".[bench]"
 	$(BIN)/python benchmarks/bench.py $(BENCH)
+
+evidence: setup
+	DPO_KIT_KILLS=50 $(BIN)/python -m pytest -s tests/test_kills.py
+	DPO_KIT_SLOPE_STEPS=2000 $(BIN)/python -m pytest -s tests/test_memory_slope.py
+	$(BIN)/python benchmarks/build_memory.py --gib 1
 
 lab: setup
 	$(BIN)/jupyter lab --notebook-dir=.

@@ -49,7 +49,8 @@ CHECKED = {
 def command(verb: str, overrides: list[str], fileroot: str, *flags: str) -> list[str]:
     """`dpo-kit VERB` on the demo config."""
     fixed = [*COMMON, f"cluster.fileroot={fileroot}", *overrides]
-    return [sys.executable, "-m", "dpo_kit", verb, "--config", "params/demo.yaml", *flags, *fixed]
+    child = [sys.executable, "-m", "dpo_kit.child", "dpo_kit"]  # ends with this process
+    return [*child, verb, "--config", "params/demo.yaml", *flags, *fixed]
 
 
 def estimated(overrides: list[str], fileroot: str) -> tuple[float, float, dict]:

@@ -24,6 +24,8 @@ from dpo_kit.metrics import TIE_NATS
 
 UNDEFINED = "undefined (all ties)"
 
+SPIKE, SPIKE_WINDOW = 5.0, 10
+
 
 @dataclass(frozen=True)
 class Share:
@@ -224,7 +226,24 @@ def reading(records: Sequence[Mapping[str, Any]], *, loss_type: str, beta: float
         return ["No optimizer step is recorded yet."]
     window = max(1, len(train) // 10)
     said = [_read_loss(train, window, loss_type, beta), *_read_rewards(train, window)]
+    jumps = spikes(train)
+    if jumps:
+        shown = ", ".join(map(str, jumps[:8])) + (f" and {len(jumps) - 8} more" if len(jumps) > 8 else "")
+        said.append(
+            f"The gradient norm jumped at step{'s' * (len(jumps) > 1)} {shown} (over {SPIKE:g} times the median of the"
+            f" {SPIKE_WINDOW} steps before); clipping held it, look at the data of those steps."
+        )
     return [*said, *_read_evaluations(evaluation_lines(records))]
+
+
+def spikes(train: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Steps whose gradient norm is over `SPIKE` times the median of the `SPIKE_WINDOW` steps before."""
+    known = [(line["step"], norm) for line in train if (norm := line.get("grad_norm")) is not None]
+    found = []
+    for i in range(SPIKE_WINDOW, len(known)):
+        if known[i][1] > SPIKE * np.median([norm for _, norm in known[i - SPIKE_WINDOW : i]]):
+            found.append(int(known[i][0]))
+    return found
 
 
 def _last(lines: Sequence[Mapping[str, Any]], key: str, window: int) -> float:

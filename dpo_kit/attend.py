@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_kit import config as config_module
-from dpo_kit import records, watch
+from dpo_kit import hangs, records, watch
 from dpo_kit.config import Config
 from dpo_kit.processes import child_environment, end_tree, is_alive, python_path
 
@@ -43,10 +43,14 @@ class Session:
     leave: bool = False
     started_ranks: bool = False
     halvings: int = 0  # of this supervisor, after ranks that ran out of memory
+    failures: int = 0  # in a row that brought no step beyond `failed_at`
+    failed_at: int = -1
     owners_at: float = 0.0
     known: dict[str, float] = field(default_factory=dict)  # seconds of each phase in an earlier run
     written: dict[str, Any] = field(default_factory=dict)
     written_at: float = 0.0
+    moved_at: float = field(default_factory=time.monotonic)  # when the progress last changed
+    hung: tuple[int, str] | None = None  # the rank that hangs, and a line about it
 
     @property
     def num_ranks(self) -> int:
@@ -102,6 +106,10 @@ def attend(session: Session, children: list[subprocess.Popen], grace_s: float) -
             if codes[0] == 0:
                 # Rank 0 has written everything: who hangs in his good-byes is not waited for.
                 done_at = done_at or now
+            if session.stop is None and _is_overdue(session, now):
+                waited, phase = now - session.moved_at, session.written["phase"]
+                session.hung = hangs.told(children, session.run_dir / "logs", waited, phase)
+                return codes
             failed = any(code not in (None, 0, STOPPED) for code in codes)
             if failed and not session.stop:
                 time.sleep(_LAST_WORDS_S)
@@ -111,6 +119,12 @@ def attend(session: Session, children: list[subprocess.Popen], grace_s: float) -
             time.sleep(_POLL_S)
     finally:
         kill(children)
+
+
+def _is_overdue(session: Session, now: float) -> bool:
+    if session.written.get("phase") not in hangs.PHASES:
+        return False
+    return now - session.moved_at > session.config.cluster.step_timeout_s
 
 
 def look(session: Session) -> None:
@@ -137,6 +151,8 @@ def merge(session: Session) -> None:
     progress = records.read_json(session.run_dir / "progress.json", {})
     fields = _status_fields(session, progress) if progress.get("phase") else {}
     now = time.monotonic()
+    if fields != session.written:
+        session.moved_at = now
     if fields == session.written and now - session.written_at < _HEARTBEAT_S:
         status = None
     else:

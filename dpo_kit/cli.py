@@ -105,6 +105,8 @@ def _parser() -> argparse.ArgumentParser:
     estimate = add("estimate", _estimate, told)
     estimate.add_argument("--json", action="store_true", help="the numbers as JSON: bytes, seconds, tokens")
     estimate.add_argument("--no-probe", action="store_true", help="no times: nothing is run")
+    told = "what is wrong with a run before it starts, one line a check"
+    add("doctor", _doctor, told)
     sample = add("sample", _sample, "answers of reference and policy, side by side", config=False)
     sample.add_argument("target", metavar="RUN")
     asked = sample.add_mutually_exclusive_group(required=True)
@@ -114,26 +116,55 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("target", metavar="RUN")
     export.add_argument("-o", "--out", required=True, metavar="DIR")
     _add_runs(commands)
+    _add_cache(commands)
     return parser
 
 
 def _add_runs(commands: Any) -> None:
-    text = "list, show, stop, resume or remove runs"
+    text = "list, show, stop, resume, fork, prune or remove runs"
     group = commands.add_parser("runs", help=text, description=text, allow_abbrev=False)
     verbs = group.add_subparsers(required=True, metavar="VERB")
     for name, run, about in (
         ("list", _runs_list, "every run below the fileroot, newest first"),
         ("show", _runs_show, "state, figures and places of one run"),
         ("stop", _runs_stop, "end a run with its state saved"),
-        ("resume", _runs_resume, "run an interrupted run again"),
+        ("resume", _runs_resume, "go on from the last whole checkpoint of an interrupted run"),
+        ("fork", _runs_fork, "a new run from a checkpoint of another, e.g. --step 40 actor.beta=0.3"),
+        ("prune", _runs_prune, "remove checkpoints of ended runs"),
         ("rm", _runs_rm, "remove a run's folder"),
     ):
         verb = verbs.add_parser(name, help=about, description=about, allow_abbrev=False)
         verb.set_defaults(run=run)
         verb.add_argument("--fileroot", metavar="DIR", help="where the runs are (default: runs/)")
         if name != "list":
-            verb.add_argument("target", metavar="RUN", help="a folder, experiment/trial, or a trial's name")
+            nargs = "?" if name == "prune" else None
+            verb.add_argument(
+                "target", metavar="RUN", nargs=nargs, help="a folder, experiment/trial, or a trial's name"
+            )
+        if name == "fork":
+            verb.add_argument("--step", type=int, metavar="N", help="of a checkpoint (default: the last one)")
+            verb.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. actor.beta=0.3")
+        if name == "prune":
+            verb.add_argument(
+                "--keep", type=int, default=1, metavar="N", help="newest ones that stay of each run"
+            )
+        if name in ("prune", "rm"):
+            verb.add_argument("--yes", action="store_true", help="do not ask")
+
+
+def _add_cache(commands: Any) -> None:
+    text = "list or remove the pair stores and reference caches that runs share"
+    group = commands.add_parser("cache", help=text, description=text, allow_abbrev=False)
+    verbs = group.add_subparsers(required=True, metavar="VERB")
+    for name, run, about in (
+        ("list", _cache_list, "what is there, with sizes, oldest first"),
+        ("rm", _cache_rm, "remove some, or all; they are made again when a run needs them"),
+    ):
+        verb = verbs.add_parser(name, help=about, description=about, allow_abbrev=False)
+        verb.set_defaults(run=run)
+        verb.add_argument("--fileroot", metavar="DIR", help="where the runs are (default: runs/)")
         if name == "rm":
+            verb.add_argument("names", nargs="*", metavar="NAME", help="from `cache list`; all when left out")
             verb.add_argument("--yes", action="store_true", help="do not ask")
 
 
@@ -157,7 +188,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
     config = _load(arguments)
     if not arguments.detach:
-        return launch.run_in_foreground(config)
+        return launch.run_in_foreground(config, arguments.config)
     run = launch.start(config, detached=True)
     print(run.dir)
     return 0
@@ -222,6 +253,14 @@ def _estimate(arguments: argparse.Namespace) -> int:
     print(to_json(found, indent=2) if arguments.json else estimate.text(found))
     estimate.refuse(found)
     return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    config = _load(arguments)
+    from dpo_kit import doctor
+
+    found = doctor.examine(config, lambda finding: print(finding, flush=True))
+    return 2 if any(finding.level == "bad" for finding in found) else 0
 
 
 def _counter(unit: str) -> Callable[..., None]:
@@ -309,6 +348,44 @@ def _runs_resume(arguments: argparse.Namespace) -> int:
     from dpo_kit import launch
 
     return launch.resume_in_foreground(_find(arguments))
+
+
+def _runs_fork(arguments: argparse.Namespace) -> int:
+    from dpo_kit import launch
+
+    return launch.fork_in_foreground(_find(arguments), arguments.step, arguments.overrides)
+
+
+def _runs_prune(arguments: argparse.Namespace) -> int:
+    from dpo_kit import cleanup, records, runs
+
+    if arguments.keep < 0:
+        raise UserError(f"--keep {arguments.keep}: give 0 or more")
+    picked = (
+        [_find(arguments)]
+        if arguments.target
+        else [runs.Run(folder) for folder in records.list_runs(_fileroot(arguments))]
+    )
+    items = cleanup.spare_checkpoints(picked, arguments.keep)
+    return 0 if cleanup.remove(items, yes=arguments.yes) else 1
+
+
+def _cache_list(arguments: argparse.Namespace) -> int:
+    from dpo_kit import cleanup
+
+    print(cleanup.table(cleanup.cache_items(_fileroot(arguments))))
+    return 0
+
+
+def _cache_rm(arguments: argparse.Namespace) -> int:
+    from dpo_kit import cleanup, launch
+
+    root = _fileroot(arguments)
+    live = launch.live(root)
+    if live:
+        raise UserError(f"{live[0].name} is {live[0].state} and may need the caches; stop it first")
+    items = cleanup.pick(cleanup.cache_items(root), arguments.names, f"{root}/.cache")
+    return 0 if cleanup.remove(items, yes=arguments.yes) else 1
 
 
 def _runs_rm(arguments: argparse.Namespace) -> int:

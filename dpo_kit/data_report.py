@@ -16,6 +16,7 @@ from dpo_kit.preferences import PairStore
 from dpo_kit.readers import listed
 
 POINTS = (50, 90, 99, 100)
+BAD_ROWS_SHOWN = 3
 
 
 def summarize(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -61,6 +62,10 @@ def format_report(store: PairStore, train: PairStore | None = None) -> str:
         f"rows       {report['rows']:,}: kept {report['kept']:,}{_dropped(report)}",
     ]
     lines += [f"           {count:,} {what}" for what, count in report["notes"].items() if count]
+    bad = report.get("unusable_rows", [])
+    lines += [f"unusable   {problem}" for problem in bad[:BAD_ROWS_SHOWN]]
+    if len(bad) > BAD_ROWS_SHOWN:
+        lines.append(f"           all are named in {store.path / 'meta.json'}")
     if report["unused_columns"]:
         lines.append(f"not used   columns {listed(report['unused_columns'])}")
     if train is not None:

@@ -23,11 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpo_kit import builtin, tokens
+from dpo_kit import builtin, room, tokens
 from dpo_kit.data_report import format_report, shared_prompts
 from dpo_kit.errors import DataError, UserError
 from dpo_kit.hub import cache_only_when_unreachable
-from dpo_kit.pairing import IDENTICAL, TOO_LONG, Progress, Selection, collect
+from dpo_kit.pairing import IDENTICAL, TOO_LONG, UNUSABLE, Progress, Selection, collect
 from dpo_kit.preferences import PairStore, open_store, write_store
 from dpo_kit.readers import show_text
 from dpo_kit.rows import Source, open_source
@@ -87,7 +87,12 @@ def build(config: Config, split: str = "train", progress: Progress | None = None
         _check_dropped(plan, store.report)
         return store
     arrays, report = collect(
-        source, tokenizer, label, _selection(plan), progress or (lambda done, total: None)
+        source,
+        tokenizer,
+        label,
+        _selection(plan),
+        progress or (lambda done, total: None),
+        room.nearest_folder(folder),
     )
     report["tokenizer"] = named
     _check_dropped(plan, report)
@@ -155,6 +160,8 @@ def _key(plan: _Plan, source: Source, tokenizer_fingerprint: str) -> str:
         "tokenizer": tokenizer_fingerprint,
         "max_length": plan.limits.max_length,
     }
+    if plan.limits.bad_rows != "strict":
+        parts["bad_rows"] = plan.limits.bad_rows
     if plan.valid_share is not None:
         parts |= {"share": plan.valid_share, "seed": plan.seed, "valid": plan.is_valid}
         parts |= {"num_valid": plan.limits.num_rows if plan.is_valid else None}
@@ -187,7 +194,7 @@ def _check_dropped(plan: _Plan, report: dict[str, Any]) -> None:
     if not report["kept"]:
         raise DataError(
             f"{report['source']}: no pair is left: all {rows} rows were dropped ({reasons}); "
-            + ("chosen and rejected must differ" if report["dropped"].get(IDENTICAL) else "raise max_length")
+            + _remedy(report["dropped"])
         )
     share = dropped / rows
     said = f"{dropped} of {rows} rows ({100 * share:.1f} %) of {report['source']} were dropped ({reasons})"
@@ -200,12 +207,23 @@ def _check_dropped(plan: _Plan, report: dict[str, Any]) -> None:
         warnings.warn(f"{plan.section}: {said}", UserWarning, stacklevel=3)
 
 
+def _remedy(dropped: dict[str, int]) -> str:
+    """What to do when every row was dropped, by the commonest reason."""
+    reason = max(dropped, key=lambda name: dropped[name])
+    return {
+        IDENTICAL: "chosen and rejected must differ",
+        UNUSABLE: "bad_rows=strict names the first ones",
+    }.get(reason, "raise max_length")
+
+
 def _selection(plan: _Plan) -> Selection:
+    quarantine = plan.limits.bad_rows == "quarantine"
     if plan.valid_share is None:
-        return Selection(plan.limits.max_length, plan.source.num_rows)
+        return Selection(plan.limits.max_length, plan.source.num_rows, quarantine=quarantine)
     return Selection(
         plan.limits.max_length,
         plan.source.num_rows,
+        quarantine=quarantine,
         in_split=lambda prompt_hash: _for_validation(plan, prompt_hash) == plan.is_valid,
         num_in_split=plan.limits.num_rows if plan.is_valid else None,
     )

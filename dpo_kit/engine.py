@@ -101,7 +101,11 @@ def micro_batches(
 
 def response_logps(model: PairModel, batch: MicroBatch) -> tuple[Tensor, Tensor]:
     """Summed log-probs of the chosen and the rejected responses, in nats. Shapes: (P,), (P,), float64"""
-    return response_sums(model(batch), batch)
+    try:
+        return response_sums(model(batch), batch)
+    except Exception as error:
+        error.data_rows = batch.sources  # type: ignore[attr-defined]
+        raise
 
 
 def reference_logps(engine: Engine, batch: MicroBatch, values: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -291,11 +295,21 @@ def make_optimizer(engine: Engine) -> torch.optim.Optimizer:
     return torch.optim.AdamW(params, fused=True, **options)
 
 
-def train(engine: Engine, hooks: Hooks) -> int:
-    """Trains to the last step; returns the number of steps run.
+def train(
+    engine: Engine,
+    hooks: Hooks,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    done: int = 0,
+    owes_evaluation: bool = False,
+) -> int:
+    """Trains to the last step; returns its number.
 
     Args:
         hooks: what rank 0 writes and when to save; see `Hooks`.
+        optimizer: from `make_optimizer`, when its states come from a checkpoint.
+        done: steps that the policy and the optimizer have behind them.
+        owes_evaluation: the run was stopped before it could evaluate after step `done`.
 
     Raises:
         Stopped: a stop was asked for; the steps finished until then have been reported.
@@ -303,19 +317,23 @@ def train(engine: Engine, hooks: Hooks) -> int:
     """
     config, world, num_pairs = engine.config, engine.world, len(engine.train)
     total, per_epoch = num_steps(config, num_pairs), steps_per_epoch(config, num_pairs)
-    optimizer = make_optimizer(engine)
-    if engine.valid is not None and config.evaluator.before_training:
-        hooks.evaluated(0, *evaluate(engine, at_reference=engine.policy_is_reference))
+    optimizer = optimizer or make_optimizer(engine)
+    if engine.valid is not None and (owes_evaluation if done else config.evaluator.before_training):
+        at_reference = engine.policy_is_reference and not done
+        hooks.evaluated(done, *evaluate(engine, at_reference=at_reference))
     engine.policy.train()
+    if done == total:
+        return total
 
-    def prepared(rows: np.ndarray) -> tuple[int, list[MicroBatch]]:
-        return len(rows), list(micro_batches(engine, engine.train, rows, engine.max_tokens))
+    def prepared(rows: np.ndarray) -> tuple[np.ndarray, list[MicroBatch]]:
+        return rows, list(micro_batches(engine, engine.train, rows, engine.max_tokens))
 
-    rows_to_come = rows_by_step(config, num_pairs)
+    rows_to_come = rows_by_step(config, num_pairs, done)
     upcoming = prepared(next(rows_to_come))
-    for step in range(1, total + 1):
+    for step in range(done + 1, total + 1):
         engine.progress("first step" if step == 1 else "training", step - 1, total, step=step - 1)
-        pairs, batches = upcoming
+        rows, batches = upcoming
+        pairs = len(rows)
         start = time.perf_counter()
         lr = learning_rate(step, total, config.actor.optimizer)
         sums, norm, gaps = train_step(engine, optimizer, batches, pairs, lr)
@@ -325,7 +343,7 @@ def train(engine: Engine, hooks: Hooks) -> int:
         values = world.sum(sums).tolist()
         seconds = time.perf_counter() - start
         record = {"step": step, **names.means(values, "dpo"), "lr": lr, "grad_norm": float(norm)}
-        check_finite(record)
+        check_finite(record, engine.train.index[rows].tolist())
         if step == 1:
             check_first_step(engine, record, gaps)
         tokens = values[names.SUMS.index("data_tokens")]
@@ -339,17 +357,22 @@ def train(engine: Engine, hooks: Hooks) -> int:
         )
         engine.progress("training", step, total, step=step)
         last = step == total
-        if engine.valid is not None and (last or hooks.due("evaluator", step, per_epoch)):
+        stopping = values[-1] > 0 and not last
+        owes = engine.valid is not None and (last or hooks.due("evaluator", step, per_epoch))
+        if owes and not stopping:
             try:
                 hooks.evaluated(step, *evaluate(engine))
+                owes = False
             except Stopped:
-                hooks.save(step)
-                raise
-        if not last and hooks.due("saver", step, per_epoch):
-            hooks.save(step)
-        if values[-1] > 0 and not last:
+                stopping = True
+        if stopping:
+            hooks.checkpoint(optimizer, step, owes)
             hooks.save(step)
             raise Stopped
+        if not last and hooks.due("saver", step, per_epoch):
+            hooks.save(step)
+        if hooks.due("recover", step, per_epoch):
+            hooks.checkpoint(optimizer, step, False)
     return total
 
 
@@ -361,16 +384,23 @@ class Hooks:
     evaluated: Callable[[int, dict[str, Any], list[dict[str, Any]]], None]
     due: Callable[[str, int, int], bool]
     save: Callable[[int], None]
+    checkpoint: Callable[[torch.optim.Optimizer, int, bool], None] = field(default=lambda *_: None)
 
 
-def check_finite(record: dict[str, Any]) -> None:
-    """Raises UserError when the loss or the gradient norm of a step is not a finite number."""
+def check_finite(record: dict[str, Any], data_rows: Sequence[int] = ()) -> None:
+    """Raises UserError when the loss or the gradient norm of a step is not a finite number.
+
+    Args:
+        data_rows: rows of the data that the step was made of; the error carries them as `data_rows`.
+    """
     loss, norm = record["dpo/loss"], record["grad_norm"]
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise UserError(
+        error = UserError(
             f"step {record['step']}: loss {loss}, gradient norm {norm}; no weight was changed by this step. "
             "Lower actor.optimizer.lr, or use actor.dtype=float32"
         )
+        error.data_rows = tuple(data_rows)  # type: ignore[attr-defined]
+        raise error
 
 
 def check_first_step(engine: Engine, record: dict[str, Any], gaps: Tensor) -> None:

@@ -33,7 +33,7 @@ READ_BYTES_PER_S = {"cpu": 1e10, "cuda": 1.5e12}
 WRITE_BYTES_PER_S = 5e8
 LAYER_S = 5e-4  # of one layer and token in generation, whatever its size
 SAMPLES_BATCH = 8
-METRICS_BYTES, EVALUATION_BYTES, CACHE_BYTES, CHECKPOINTS_KEPT = 600, 350, 32, 2
+METRICS_BYTES, EVALUATION_BYTES, CACHE_BYTES = 600, 350, 32
 GIB = 2**30
 
 
@@ -292,9 +292,8 @@ def _disk(
     weights = shape.params * memory.DTYPE_BYTES[config.actor.dtype]
     known = tokens["pairs"] is not None
     exports = _num_exports(config, tokens, step_s) if known else 1
-    recover = config.recover
-    resumable = recover.mode != "disabled" and any(
-        (recover.freq_epochs, recover.freq_steps, recover.freq_secs)
+    checkpoints = memory.checkpoints_at_once(
+        config, _due(config.recover, tokens, config, step_s) if known else None
     )
     evaluations = _num_evaluations(config, tokens, step_s) if known else 0
     num_pairs = sum(map(len, stores))
@@ -303,7 +302,7 @@ def _disk(
         "pair_store": sum(f.stat().st_size for store in stores for f in store.path.iterdir()),
         "reference_cache": 0 if config.ref.logps == "online" else CACHE_BYTES * num_pairs,
         "exports": exports * weights,
-        "checkpoints": CHECKPOINTS_KEPT * memory.checkpoint_bytes(shape, config) if resumable else 0,
+        "checkpoints": checkpoints * memory.checkpoint_bytes(shape, config),
         "records": tokens.get("steps", 0) * METRICS_BYTES + evaluations * num_valid * EVALUATION_BYTES,
     }
     return {**parts, "total": sum(parts.values()), "free": room.free_disk(root)}

@@ -15,6 +15,7 @@ from typing import Any
 from dpo_kit import halving, records
 
 _TAIL_BYTES = 8192
+_MOST_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,19 @@ def rank_failure(run_dir: Path, codes: list[int | None], *, stopping: bool) -> F
     rank = silent[0] if silent else told[0][1] if told else next(iter(own))
     error = errors.get(rank)
     cause = _cause(error, own[rank], run_dir / "logs" / f"rank-{rank}.log")
-    row = f", data row {error['row']}" if error and error.get("row") is not None else ""
+    rows = _rows_told(error.get("rows") or []) if error else ""
     mistake = bool(error and error["user_mistake"])
     memory = None
     if own[rank] == halving.OUT_OF_MEMORY:
         memory = (error or {}).get("out_of_memory") or {"section": "actor", "step": None}
-    return Failure(f"rank {rank}: {cause}{row} (logs/rank-{rank}.log)", mistake, rank, cause, memory)
+    return Failure(f"rank {rank}: {cause}{rows} (logs/rank-{rank}.log)", mistake, rank, cause, memory)
+
+
+def _rows_told(rows: list[int]) -> str:
+    if not rows:
+        return ""
+    more = f" and {len(rows) - _MOST_ROWS} more" if len(rows) > _MOST_ROWS else ""
+    return f", data row{'s' * (len(rows) > 1)} {', '.join(map(str, rows[:_MOST_ROWS]))}{more}"
 
 
 def _cause(error: dict[str, Any] | None, code: int | None, log: Path) -> str:

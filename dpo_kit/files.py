@@ -5,9 +5,11 @@ Deliberately not here: what a file means (records), large stores (preferences), 
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -33,9 +35,20 @@ def atomic_write(path: Path, content: str | bytes, *, durable: bool = True) -> N
                 file.flush()
                 os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise told(error, path) from None
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def told(error: OSError, path: Path) -> OSError:
+    """The same error with the file it is about, and what is free there when that is the matter."""
+    words = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        words += f" ({shutil.disk_usage(path.parent).free / 2**20:.1f} MiB free)"
+    return OSError(error.errno, words, str(path))
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

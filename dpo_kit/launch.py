@@ -15,15 +15,15 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+from dpo_kit import commit, devices, identity, manifest, preflight, records, runs
 from dpo_kit import config as config_module
-from dpo_kit import devices, manifest, preflight, records, runs
 from dpo_kit.config import Config
 from dpo_kit.errors import ConfigError, RunError, UserError
 from dpo_kit.files import to_json
@@ -34,6 +34,8 @@ from dpo_kit.spawn import spawn
 from dpo_kit.supervisor import supervise
 
 __all__ = [
+    "fork",
+    "fork_in_foreground",
     "is_headless",
     "live",
     "resolve_world",
@@ -88,10 +90,14 @@ def _until_started(run: Run) -> None:
         raise RunError(run.epitaph(), run_dir=run.dir, state="failed")
 
 
-def run_in_foreground(config: Config) -> int:
+def run_in_foreground(config: Config, source: str | Path | None = None) -> int:
     """Trains with this process as the supervisor; the last line it prints is the run folder.
 
     The first SIGINT or SIGTERM stops the run with its state saved, the second leaves at once.
+
+    Args:
+        config: a loaded configuration.
+        source: its params file: with that of another run, what differs from that run is told.
 
     Returns:
         Exit status: 0 done, 2 a user's mistake in a rank, 3 stopped or preempted, 1 failed.
@@ -100,7 +106,7 @@ def run_in_foreground(config: Config) -> int:
         UserError: what cannot run, a trial that exists, data that cannot be used. Nothing is left on disk.
     """
     config = resolve_world(config)
-    run, is_done = _open_trial(config, "foreground")
+    run, is_done = _open_trial(config, "foreground", source)
     return _foreground(run, is_done)
 
 
@@ -118,6 +124,77 @@ def resume_in_foreground(run: Run) -> int:
     else:
         runs.begin_anew(run)
     return _foreground(run, is_done)
+
+
+def fork(parent: Run, step: int | None = None, overrides: Sequence[str] = ()) -> Run:
+    """Makes a queued run that goes on from a checkpoint of another, with other settings from there on.
+
+    Its folder gets the checkpoint (hard links where the file system has them) and what was recorded up to that
+    step; `manifest.json` names the parent.
+
+    Args:
+        parent: a run with checkpoints; it is not changed.
+        step: of one of them; the last one when left out.
+        overrides: dotted assignments over the parent's configuration; the trial gets a fresh name unless one is given.
+
+    Raises:
+        UserError: no such checkpoint (those there are are listed), a damaged one, or settings that cannot run.
+    """
+    there = parent.checkpoints()
+    step = there[-1] if step is None and there else step
+    if step not in there:
+        has = f"has those of steps {', '.join(map(str, there))}" if there else "has none"
+        wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
+        raise UserError(
+            f"{parent.name} has {wanted}; it {has} (recover.freq_steps and recover.keep make them)"
+        )
+    source = parent.dir / "checkpoints" / f"step-{step}"
+    problem = commit.damage(source)
+    if problem:
+        raise UserError(f"{source} is damaged: {problem}; use another of {', '.join(map(str, there))}")
+    named = any(text.startswith("trial_name=") for text in overrides)
+    config = config_module.load(
+        parent.dir / "config.yaml", [*(() if named else ("trial_name=null",)), *overrides]
+    )
+    config = resolve_world(config)
+    config = replace(config, trial_name=config.trial_name or records.fresh_trial_name())
+    preflight.check(config)
+    made = manifest.build(config, named=named, owner="foreground")
+    made["parent"] = {"run": parent.name, "folder": str(parent.dir), "step": step}
+    root, text = Path(config.cluster.fileroot), config_module.to_yaml(config)
+    trial = str(config.trial_name)
+    folder = records.create(root, config.experiment_name, trial, config_text=text, manifest=made)
+    try:
+        _inherit(parent.dir, folder, source, int(step))
+    except BaseException:
+        records.remove_folder(folder)
+        raise
+    return Run(folder)
+
+
+def _inherit(parent: Path, folder: Path, source: Path, step: int) -> None:
+    (folder / "checkpoints").mkdir()
+    shutil.copytree(source, folder / "checkpoints" / source.name, copy_function=_link)
+    for name in ("metrics.jsonl", "evaluations"):
+        if (parent / name).is_dir():
+            shutil.copytree(parent / name, folder / name)
+        elif (parent / name).exists():
+            shutil.copy(parent / name, folder / name)
+    records.cut_records(folder, step)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)  # files of a checkpoint are never changed in place
+    except OSError:
+        shutil.copy(source, target)
+
+
+def fork_in_foreground(parent: Run, step: int | None = None, overrides: Sequence[str] = ()) -> int:
+    """Forks a run and trains it, as `run_in_foreground` does; see `fork`."""
+    run = fork(parent, step, overrides)
+    _say(f"fork of {parent.name} at step {run.checkpoints()[-1]}: {run.name}")
+    return _foreground(run, False)
 
 
 def _foreground(run: Run, is_done: bool) -> int:
@@ -222,7 +299,7 @@ def _alike(config: Config) -> Run | None:
         if config.trial_name in (None, run.dir.name):
             differing = _differences(config, other)
             if not differing or config.trial_name is not None:
-                note = f"; its configuration differs: {', '.join(differing)}" if differing else ""
+                note = f"; its configuration differs: {identity.told(differing)}" if differing else ""
                 _say(
                     f"attached to the live run {run.dir} (step {run.status.get('step') or 0}){note};"
                     " launch.start(..., new=True) starts another"
@@ -231,7 +308,7 @@ def _alike(config: Config) -> Run | None:
     return None
 
 
-def _open_trial(config: Config, kind: str) -> tuple[Run, bool]:
+def _open_trial(config: Config, kind: str, source: str | Path | None = None) -> tuple[Run, bool]:
     """The queued run to start, or the done one that there is (True).
 
     Raises:
@@ -245,7 +322,7 @@ def _open_trial(config: Config, kind: str) -> tuple[Run, bool]:
     if exists and _is_settled(config, Run(folder)):
         return Run(folder), True
     preflight.check(config)
-    made = manifest.build(config, named=named, owner=kind)
+    made = manifest.build(config, named=named, owner=kind, source=source)
     made |= {"command": manifest.repeat_command(folder), "continue": manifest.continue_command(folder)}
     text = config_module.to_yaml(config)
     if exists:
@@ -273,40 +350,40 @@ def _is_settled(config: Config, run: Run) -> bool:
             f"trial_name = {run.dir.name!r}: {run.name} exists and is {status['state']}; use another trial_name, or"
             f" `dpo-kit runs resume {run.name}`, or recover.mode=auto"
         )
-    differing = _differences(config, run.config)
+    differing, kept = _differences(config, run.config), run.checkpoints()
     if status["state"] != "done":
+        refused = {key: text for key, text in differing.items() if kept and not identity.is_free(key)}
+        if refused:
+            raise UserError(
+                f"trial_name = {run.dir.name!r}: {run.name} has a checkpoint of step {kept[-1]} with another"
+                f" configuration ({identity.told(refused)}); use another trial_name, or fork it: dpo-kit runs fork"
+                f" {run.name} {' '.join(f'{key}=VALUE' for key in refused)}"
+            )
         if differing:
-            _say(f"{run.name} was {status['state']}; its configuration changes: {', '.join(differing)}")
+            _say(f"{run.name} was {status['state']}; its configuration changes: {identity.told(differing)}")
+        return False
+    if differing and set(differing) <= set(identity.LENGTH) and kept:
+        _say(f"{run.name} is done at step {status.get('step')}; going on: {identity.told(differing)}")
         return False
     if differing:
+        only = "; it kept no checkpoint to go on from (recover.keep=all keeps them)"
         raise UserError(
-            f"trial_name = {run.dir.name!r}: {run.name} is done with another configuration ({', '.join(differing)});"
+            f"trial_name = {run.dir.name!r}: {run.name} is done with another configuration"
+            f" ({identity.told(differing)}){only if set(differing) <= set(identity.LENGTH) else ''};"
             " use another trial_name"
         )
     _say(f"{run.name} is done at step {status.get('step')}: skipped")
     return True
 
 
-def _differences(config: Config, other: Config) -> list[str]:
-    """Keys in which two configurations mean different runs, with both values: `actor.beta: 0.1 -> 0.2`."""
-    found = []
-    for key, old, new in _leaves(config_module.to_tree(other), config_module.to_tree(config)):
-        # Micro-batches do not change a step: a run that halved them is the same run.
-        same = key == "trial_name" or key.startswith("recover") or key.endswith("max_tokens_per_mb")
-        if not same and old != new:
-            found.append(f"{key}: {old} -> {new}")
-    return found
-
-
-def _leaves(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = dict.fromkeys([*old, *new])
-        return [
-            leaf
-            for key in keys
-            for leaf in _leaves(old.get(key), new.get(key), f"{prefix}.{key}".lstrip("."))
-        ]
-    return [(prefix, old, new)]
+def _differences(config: Config, other: Config) -> dict[str, str]:
+    """Keys in which two configurations mean different runs, with both values."""
+    found = identity.differences(config_module.to_tree(other), config_module.to_tree(config))
+    # Micro-batches do not change a step: a run that halved them is the same run.
+    same = ("trial_name", "recover", "max_tokens_per_mb")
+    return {
+        key: text for key, text in found.items() if not key.startswith(same[:2]) and not key.endswith(same[2])
+    }
 
 
 def _say(text: str) -> None:

@@ -18,8 +18,8 @@ from typing import Any
 import psutil
 
 import dpo_kit
-from dpo_kit import devices, halving
-from dpo_kit.config import Config, project_root
+from dpo_kit import devices, halving, identity
+from dpo_kit.config import Config, load, project_root, to_tree
 from dpo_kit.files import atomic_write, read_json, to_json
 
 _PACKAGES = (
@@ -35,15 +35,19 @@ _PACKAGES = (
 _GIT_S = 2.0
 
 
-def build(config: Config, *, named: bool, owner: str) -> dict[str, Any]:
+def build(config: Config, *, named: bool, owner: str, source: str | Path | None = None) -> dict[str, Any]:
     """The manifest of a run that is about to start.
 
     Args:
         config: resolved, with its trial name.
         named: whether the user gave the trial name.
         owner: `interactive`, `headless`, `foreground` or `detached`.
+        source: the params file; that of another run makes this one a repetition of it.
     """
+    origin = Path(source).expanduser().absolute().parent if source else None
+    is_repetition = origin is not None and (origin / "manifest.json").is_file()
     return {
+        **({"repeats": str(origin)} if is_repetition else {}),
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "versions": {"dpo_kit": dpo_kit.__version__, "python": platform.python_version(), **_versions()},
         "git": git_state(project_root()),
@@ -60,7 +64,7 @@ def repeat_command(run_dir: Path) -> str:
 
 
 def continue_command(run_dir: Path) -> str:
-    """The command that continues this very trial (until checkpoints exist, starts it anew)."""
+    """The command that continues this very trial from its last checkpoint, or starts it anew without one."""
     return _command(run_dir, "recover.mode=auto")
 
 
@@ -75,6 +79,36 @@ def write_commands(run_dir: Path) -> None:
     commands = {"command": repeat_command(run_dir), "continue": continue_command(run_dir)}
     if commands != {name: made.get(name) for name in commands}:
         atomic_write(run_dir / "manifest.json", to_json(made | commands, indent=2))
+
+
+def repetition(run_dir: Path) -> str:
+    """What differs from the run that this one repeats, in one line; empty for a run that repeats none.
+
+    Compared are versions, the commit, data and weights (as far as both have recorded them), and the configuration.
+    """
+    mine = read_json(Path(run_dir) / "manifest.json", {})
+    if not mine.get("repeats"):
+        return ""
+    origin = Path(mine["repeats"])
+    theirs = read_json(origin / "manifest.json", {})
+    found: dict[str, str] = {}
+    for name in ("versions", "seeds", "data", "weights"):
+        if name in mine and name in theirs:
+            found |= identity.differences(_marks(theirs[name]), _marks(mine[name]), name)
+    before, now = ((made.get("git") or {}).get("commit") for made in (theirs, mine))
+    found |= identity.differences(before, now, "git commit")
+    before, now = (to_tree(load(folder / "config.yaml")) for folder in (origin, Path(run_dir)))
+    named = identity.differences(before, now)
+    found |= {key: text for key, text in named.items() if key != "trial_name"}
+    what = f"{origin.parent.name}/{origin.name}"
+    return f"repeats {what}: " + (f"differs in {identity.told(found)}" if found else "nothing differs")
+
+
+def _marks(made: Any) -> Any:
+    """Fingerprints without the places that they were found at."""
+    if isinstance(made, dict) and "fingerprint" in made:
+        return {"fingerprint": made["fingerprint"]}
+    return {key: _marks(value) for key, value in made.items()} if isinstance(made, dict) else made
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:

@@ -99,6 +99,19 @@ def checkpoint_bytes(shape: Shape, config: Config) -> int:
     return shape.params * (max(DTYPE_BYTES[config.actor.dtype], 4) + 2 * _state_bytes(config))
 
 
+def checkpoints_at_once(config: Config, due: int | None = None) -> int:
+    """Checkpoints that lie in a run's folder at once: those kept and the one being written; a stop writes one, too.
+
+    Args:
+        due: how many the run will write by its frequencies; None when that is not known.
+    """
+    recover = config.recover
+    if not any((recover.freq_epochs, recover.freq_steps, recover.freq_secs)):
+        return 1
+    most = 1 + (due or 1 if recover.keep == "all" else int(recover.keep))
+    return most if due is None else min(most, due + 1)
+
+
 def _device(config: Config) -> str:
     return "cuda" if config.cluster.n_gpus_per_node not in (0, "auto") else "cpu"
 

@@ -119,6 +119,7 @@ class MicroBatch:
     lens: Tensor  # (2P,) int64, scored tokens of each response
     weights: Tensor  # (P,) float64, 1 for a pair, 0 for the stand-in of a rank without one
     rows: Tensor  # (P,) int64, position of each pair in the store
+    sources: tuple[int, ...]  # rows of the data that the pairs are from, for messages
     tokens: Tensor  # (2,) float64, tokens of the data (each prompt counted for both) and tokens run; 0 for a stand-in
 
     def to(self, device: torch.device) -> MicroBatch:
@@ -204,6 +205,7 @@ def pack(
         lens=torch.tensor(lens),
         weights=weight,
         rows=torch.tensor(list(rows)),
+        sources=tuple(int(pair.index) for pair in pairs),
         tokens=torch.tensor([data_tokens, base], dtype=torch.float64) * (weight.sum() > 0),
     )
 

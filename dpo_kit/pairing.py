@@ -7,9 +7,9 @@
 | a response is only its end token, the other is not | kept |
 | a response begins with the whole other one | kept; its end token is where they part |
 | no token in common, no BOS | kept; the first token of each is not scored |
-| unusable row (null, mixed types, broken text, ...) | an error that counts all of them and names the first |
+| unusable row (null, mixed types, broken text, ...) | an error that counts all; in quarantine dropped, each named |
 
-Rows are streamed: what is held is one batch of text and the token arrays.
+Rows are streamed: what is held is one batch of text and some 100 bytes a pair; the tokens go to files.
 
 Deliberately not here: the config, the store on disk (`dataset.py`), reading files (`rows.py`).
 """
@@ -19,9 +19,11 @@ from __future__ import annotations
 import hashlib
 import itertools
 import time
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,7 +32,7 @@ from dpo_kit import tokens
 from dpo_kit.data_report import summarize
 from dpo_kit.errors import DataError
 from dpo_kit.layouts import CONVERSATION, RowProblem, Texts, check_kinds, kinds_of, layout_of, texts_of
-from dpo_kit.preferences import longest_common_prefix
+from dpo_kit.preferences import TokenFile, longest_common_prefix
 from dpo_kit.readers import KNOWN, Row, check_columns
 from dpo_kit.rows import Source
 
@@ -40,7 +42,11 @@ if TYPE_CHECKING:
 BATCH_ROWS = 256
 BATCH_CHARS = 4_000_000
 NAMED_BAD_ROWS = 3
-IDENTICAL, TOO_LONG = "identical", "over max_length"
+QUARANTINED_ROWS = 10_000  # as many are named; more are counted
+IDENTICAL, TOO_LONG, UNUSABLE = "identical", "over max_length", "unusable"
+EMPTY = "kept with an empty response"
+REPEATED = "kept that repeat an earlier pair"
+CONTRADICTORY = "kept that contradict an earlier pair (chosen and rejected swapped)"
 
 Progress = Callable[[int, int | None], None]
 
@@ -56,6 +62,8 @@ class Selection:
     """Of an 8-byte hash of the prompt's text: whether the row belongs to this split; None: all do."""
     num_in_split: int | None = None
     """The first rows of this split only."""
+    quarantine: bool = False
+    """Unusable rows are dropped and named in the report, instead of being an error."""
 
 
 @dataclass
@@ -69,30 +77,55 @@ class _Tally:
     notes: Counter[str] = field(default_factory=Counter)
     other_split: int = 0
     unused_columns: list[str] = field(default_factory=list)
-    seen: set[tuple[bytes, bytes]] = field(default_factory=set)
 
 
-@dataclass
 class _Chunks:
-    """Token arrays as they grow."""
+    """Token arrays as they grow: tokens in files, numbers in memory.
 
-    ids: dict[str, list[np.ndarray]] = field(default_factory=lambda: {"chosen": [], "rejected": []})
-    numbers: dict[str, list[int]] = field(
-        default_factory=lambda: {name: [] for name in ("shared", "prompt", "context", "index", "prompt_key")}
-    )
+    Args:
+        spool: the folder of those files; they have no name.
+    """
+
+    def __init__(self, spool: Path | None = None) -> None:
+        self.ids = {side: TokenFile(spool) for side in ("chosen", "rejected")}
+        self.lengths, self.last = ({side: array("q") for side in self.ids} for _ in range(2))
+        self.digests = {side: array("Q") for side in self.ids}
+        self.numbers = {name: array("q") for name in ("shared", "prompt", "context", "index", "prompt_key")}
+        self.first_token: int | None = None
 
     def add(self, chosen: np.ndarray, rejected: np.ndarray, numbers: dict[str, int]) -> None:
-        self.ids["chosen"].append(chosen)
-        self.ids["rejected"].append(rejected)
+        if self.first_token is None:
+            self.first_token = int(chosen[0])
+        for side, ids in (("chosen", chosen), ("rejected", rejected)):
+            self.ids[side].append(ids)
+            self.lengths[side].append(len(ids))
+            self.last[side].append(int(ids[-1]))
+            digest = hashlib.blake2b(ids.tobytes(), digest_size=8).digest()
+            self.digests[side].append(int.from_bytes(digest, "big"))
         for name, number in numbers.items():
             self.numbers[name].append(number)
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        result = {name: np.array(numbers, np.int64) for name, numbers in self.numbers.items()}
+    def arrays(self) -> dict[str, Any]:
+        """The arrays of a store; the tokens stay in their files."""
+        result: dict[str, Any] = {name: np.array(numbers, np.int64) for name, numbers in self.numbers.items()}
         for side, ids in self.ids.items():
-            result[f"{side}_ids"] = np.concatenate([np.empty(0, np.int32), *ids])
-            result[f"{side}_offsets"] = np.cumsum([0, *map(len, ids)], dtype=np.int64)
+            ends = np.cumsum(np.array(self.lengths[side], np.int64), dtype=np.int64)
+            result[f"{side}_ids"], result[f"{side}_offsets"] = ids, np.concatenate([ends[:0], [0], ends])
         return result
+
+    def ends(self) -> dict[int, int]:
+        """How many texts end in each token."""
+        ids, counts = np.unique(np.concatenate([np.array(a) for a in self.last.values()]), return_counts=True)
+        return dict(zip(ids.tolist(), counts.tolist(), strict=True))
+
+    def repeated(self) -> dict[str, int]:
+        """How many pairs were there before, as they are or with chosen and rejected swapped."""
+        sides = [np.array(self.digests[side], np.uint64) for side in ("chosen", "rejected")]
+        pairs, swapped = (np.stack(order, 1).view("V16").ravel() for order in (sides, sides[::-1]))
+        known, first = np.unique(pairs, return_index=True)
+        at = np.minimum(np.searchsorted(known, swapped), max(len(known) - 1, 0))
+        is_swapped = (known[at] == swapped) & (first[at] < np.arange(len(pairs)))
+        return {REPEATED: len(pairs) - len(known), CONTRADICTORY: int(is_swapped.sum())}
 
 
 class _Reading:
@@ -129,8 +162,13 @@ class _Reading:
 
 
 def collect(
-    source: Source, tokenizer: Any, label: str, selection: Selection, progress: Progress
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    source: Source,
+    tokenizer: Any,
+    label: str,
+    selection: Selection,
+    progress: Progress,
+    spool: Path | None = None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Every row of `source` as the arrays of a pair store, and the build report.
 
     Args:
@@ -139,20 +177,22 @@ def collect(
         label: the tokenizer's name, for messages.
         selection: which rows are taken.
         progress: called with (rows done, rows in all or None).
+        spool: a folder for the tokens until they are in a store; the system's when left out.
 
     Raises:
         DataError: bad rows (all counted, the first named), or no row at all.
     """
     started = time.perf_counter()
-    tally, chunks = _Tally(), _Chunks()
+    tally, chunks = _Tally(), _Chunks(spool)
     reading = _Reading(source, tokenizer, label)
     known = [number for number in (source.total, selection.num_rows) if number is not None]
     total = min(known) if known else None
     for batch in _batches(_usable(reading, selection, tally)):
         _add_batch(reading.encoder, selection.max_length, batch, tally, chunks)
         progress(tally.rows, total)
-    if tally.num_bad:
+    if tally.num_bad and not selection.quarantine:
         raise _bad_rows(source.label, tally)
+    tally.dropped[UNUSABLE] = tally.num_bad
     if not tally.rows:
         raise DataError(f"{source.label} is empty: it has no rows")
     arrays = chunks.arrays()
@@ -160,15 +200,16 @@ def collect(
         "source": source.label,
         "rows": tally.rows,
         "kept": len(arrays["shared"]),
-        "dropped": {reason: tally.dropped[reason] for reason in (IDENTICAL, TOO_LONG)},
+        "dropped": {reason: tally.dropped[reason] for reason in (IDENTICAL, TOO_LONG, UNUSABLE)},
+        "unusable_rows": tally.first_bad,
         "other_split": tally.other_split,
-        "notes": dict(tally.notes),
+        "notes": {**tally.notes, **chunks.repeated()},
         "layout": reading.layout,
         "unused_columns": tally.unused_columns,
         "max_length": selection.max_length,
     }
     if report["kept"]:
-        report |= summarize(arrays) | _ends(arrays, tokenizer, reading.layout)
+        report |= summarize(arrays) | _ends(chunks, tokenizer, reading.layout)
     seconds = time.perf_counter() - started
     return arrays, report | {"build_s": round(seconds, 3), "rows_per_s": round(tally.rows / seconds, 1)}
 
@@ -182,7 +223,7 @@ def _usable(reading: _Reading, selection: Selection, tally: _Tally) -> Iterator[
             texts = reading.texts(row, tally)
         except RowProblem as problem:
             tally.num_bad += 1
-            if len(tally.first_bad) < NAMED_BAD_ROWS:
+            if len(tally.first_bad) < (QUARANTINED_ROWS if selection.quarantine else NAMED_BAD_ROWS):
                 tally.first_bad.append(f"{row.where}: {problem}")
             continue
         key = hashlib.blake2b(texts.prompt_text.encode(), digest_size=8).digest()
@@ -192,7 +233,7 @@ def _usable(reading: _Reading, selection: Selection, tally: _Tally) -> Iterator[
         num_here += 1
         if _surely_too_long(texts, selection.max_length, reading.encoder):
             tally.dropped[TOO_LONG] += 1
-        elif not tally.num_bad:
+        elif selection.quarantine or not tally.num_bad:
             yield row.index, texts, key
         if num_here == selection.num_in_split:
             return
@@ -246,7 +287,7 @@ def _add_batch(
             continue
         shared = longest_common_prefix(chosen, rejected)
         prompt, context = _boundaries(texts, left, moved, shared)
-        _note(tally, texts, chosen, rejected, shared, prompt)
+        _note(tally, texts, min(len(chosen), len(rejected)), shared, prompt)
         numbers = {"shared": shared, "prompt": prompt, "context": context, "index": index}
         chunks.add(chosen, rejected, numbers | {"prompt_key": int.from_bytes(key, "big", signed=True)})
 
@@ -269,29 +310,22 @@ def _boundaries(texts: Texts, encoding: Encoding, moved: int, shared: int) -> tu
     return prompt, context
 
 
-def _note(
-    tally: _Tally, texts: Texts, chosen: np.ndarray, rejected: np.ndarray, shared: int, prompt: int
-) -> None:
-    """Count what is kept but worth knowing."""
-    notes, shorter = tally.notes, min(len(chosen), len(rejected))
-    notes["kept with an empty response"] += shorter - 1 <= prompt
+def _note(tally: _Tally, texts: Texts, shorter: int, shared: int, prompt: int) -> None:
+    """Count what is kept but worth knowing; `shorter` is the shorter text's number of tokens."""
+    notes = tally.notes
+    notes[EMPTY] += shorter - 1 <= prompt
     notes["kept where one response begins with the whole other"] += shared == shorter - 1
     notes["kept without a shared token"] += shared == 0
     notes["kept with special-token text in the data (it stays text)"] += texts.has_special
-    sides = tuple(hashlib.blake2b(ids.tobytes(), digest_size=8).digest() for ids in (chosen, rejected))
-    notes["kept that repeat an earlier pair"] += sides in tally.seen
-    notes["kept that contradict an earlier pair (chosen and rejected swapped)"] += sides[::-1] in tally.seen
-    tally.seen.add((sides[0], sides[1]))
 
 
-def _ends(arrays: dict[str, np.ndarray], tokenizer: Any, layout: str) -> dict[str, Any]:
+def _ends(chunks: _Chunks, tokenizer: Any, layout: str) -> dict[str, Any]:
     """Which tokens end the texts, and where BOS comes from."""
-    last = [arrays[f"{side}_ids"][arrays[f"{side}_offsets"][1:] - 1] for side in ("chosen", "rejected")]
-    ids, counts = np.unique(np.concatenate(last), return_counts=True)
-    names = tokenizer.convert_ids_to_tokens(ids.tolist())
-    bos, first = tokenizer.bos_token_id, int(arrays["chosen_ids"][0])
+    counts = chunks.ends()
+    names = tokenizer.convert_ids_to_tokens(list(counts))
+    bos = tokenizer.bos_token_id
     writer = "the chat template" if layout == CONVERSATION else "the tokenizer"
     return {
-        "end_tokens": dict(zip(names, counts.tolist(), strict=True)),
-        "bos": f"written by {writer}" if bos is not None and first == bos else "none",
+        "end_tokens": dict(zip(names, counts.values(), strict=True)),
+        "bos": f"written by {writer}" if bos is not None and chunks.first_token == bos else "none",
     }

@@ -189,14 +189,50 @@ def open_store(path: str | os.PathLike[str], *, check_hashes: bool = True) -> Pa
     return PairStore(path=folder, meta=meta, **arrays)
 
 
+class TokenFile:
+    """int32 tokens that grow in a file without a name, for stores that are larger than memory.
+
+    Args:
+        folder: on the disk that the store will be on; the system's folder for temporary files when left out.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - it lives and vanishes with this object
+        self.size = 0
+
+    def __del__(self) -> None:
+        self.file.close()
+
+    def __len__(self) -> int:
+        return self.size
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tokens."""
+        return 4 * self.size
+
+    def append(self, ids: np.ndarray) -> None:
+        """Adds tokens at the end."""
+        self.file.write(ids.astype(np.int32, copy=False).tobytes())
+        self.size += len(ids)
+
+    def save(self, file: Any) -> None:
+        """Writes the tokens as `np.save` would, without holding them."""
+        header = {"descr": "<i4", "fortran_order": False, "shape": (self.size,)}
+        np.lib.format.write_array_header_1_0(file, header)
+        self.file.seek(0)
+        shutil.copyfileobj(self.file, file, 1 << 20)
+
+
 def write_store(
-    folder: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]
+    folder: str | os.PathLike[str], arrays: Mapping[str, np.ndarray | TokenFile], meta: Mapping[str, Any]
 ) -> PairStore:
     """Write a store in one step and return it opened; a whole store that is already there wins.
 
     Args:
         folder: the store's folder; its parents are made. A damaged store there is replaced.
-        arrays: every name of `ARRAYS` but `prompt_key`, which defaults to zeros; cast to the store's types.
+        arrays: one-dimensional; every name of `ARRAYS` but `prompt_key`, which defaults to zeros; cast to the
+            store's types.
         meta: JSON values; `tokenizer` ({"path", ...}) and `report` are expected by readers. `format`,
             `fingerprint` and `arrays` are added.
 
@@ -206,7 +242,10 @@ def write_store(
     folder = Path(folder)
     num_pairs = len(arrays["shared"])
     filled = {"prompt_key": np.zeros(num_pairs, np.int64), **arrays}
-    cast = {name: np.ascontiguousarray(filled[name], dtype) for name, dtype in ARRAYS.items()}
+    cast = {
+        name: given if isinstance(given := filled[name], TokenFile) else np.ascontiguousarray(given, dtype)
+        for name, dtype in ARRAYS.items()
+    }
     problem = _structure_problem(cast)
     assert problem is None, problem
     try:
@@ -220,7 +259,7 @@ def write_store(
     return open_store(folder)
 
 
-def _write_whole(folder: Path, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:
+def _write_whole(folder: Path, arrays: Mapping[str, np.ndarray | TokenFile], meta: Mapping[str, Any]) -> None:
     """Everything into a temporary folder beside `folder`, flushed, then into place."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale(folder)
@@ -318,7 +357,7 @@ def _damaged(folder: Path, problem: str) -> DataError:
     return DataError(f"pair store {folder} is damaged: {problem}; delete the folder and build it again")
 
 
-def _structure_problem(arrays: Mapping[str, np.ndarray]) -> str | None:
+def _structure_problem(arrays: Mapping[str, Any]) -> str | None:
     """What keeps the arrays from being P pairs, or None."""
     num_pairs = len(arrays["shared"])
     for name in ("prompt", "context", "index", "prompt_key"):
@@ -342,13 +381,16 @@ def _structure_problem(arrays: Mapping[str, np.ndarray]) -> str | None:
     return None
 
 
-def _write_array(folder: Path, name: str, array: np.ndarray) -> dict[str, Any]:
+def _write_array(folder: Path, name: str, array: np.ndarray | TokenFile) -> dict[str, Any]:
     path = folder / f"{name}.npy"
     with path.open("wb") as file:
-        np.save(file, array, allow_pickle=False)
+        if isinstance(array, TokenFile):
+            array.save(file)
+        else:
+            np.save(file, array, allow_pickle=False)
         file.flush()
         os.fsync(file.fileno())
-    return {"bytes": path.stat().st_size, "sha256": _file_sha256(path), "shape": list(array.shape)}
+    return {"bytes": path.stat().st_size, "sha256": _file_sha256(path), "shape": [len(array)]}
 
 
 def _fingerprint(described: Mapping[str, Mapping[str, Any]]) -> str:

@@ -35,6 +35,15 @@ def check(config: Config, *, trains: bool = True) -> None:
         ConfigError: with every problem of the models, or what memory they need.
         DataError: with the first problem of the data.
     """
+    check_models(config)
+    if trains:
+        check_disk(config)
+        check_memory(config)
+    check_data(config)
+
+
+def check_models(config: Config) -> None:
+    """Refuses models that are nowhere, and a reference that reads other tokens than the policy."""
     problems = []
     for field, path in _models(config).items():
         if path in builtin.NAMES or Path(path).is_dir():
@@ -47,9 +56,6 @@ def check(config: Config, *, trains: bool = True) -> None:
     problems += [] if problems else _other_tokenizer(config)
     if problems:
         raise ConfigError(problems)
-    if trains:
-        _check_memory(config)
-    _check_data(config)
 
 
 def _models(config: Config) -> dict[str, str]:
@@ -63,12 +69,19 @@ def _models(config: Config) -> dict[str, str]:
     return {field: path for field, path in fields.items() if first[path] == field}
 
 
-def _check_memory(config: Config) -> None:
-    """Refuses what cannot fit whatever the micro-batches: weights, optimizer and the longest pair."""
+def _shape(config: Config) -> Shape | None:
+    """The policy's sizes; None where they are not known yet, or of a kind that the ranks refuse."""
     folder = builtin.ensure(config.actor.path) if builtin.cached(config.actor.path) else config.actor.path
     try:
-        shape = Shape.of(json.loads((Path(folder) / "config.json").read_text("utf-8")))
-    except (OSError, ValueError, KeyError, TypeError):  # not downloaded yet, or a kind that the ranks refuse
+        return Shape.of(json.loads((Path(folder) / "config.json").read_text("utf-8")))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def check_memory(config: Config) -> None:
+    """Refuses what cannot fit whatever the micro-batches: weights, optimizer and the longest pair."""
+    shape = _shape(config)
+    if shape is None:
         return
     num_ranks = parse_backend(config.actor.backend).world_size
     longest = longest_known_pair(config)
@@ -84,6 +97,25 @@ def _check_memory(config: Config) -> None:
                 f"actor.path = {config.actor.path!r}: weights, optimizer and the longest pair need"
                 f" {times * needed / 2**30:.2f} GiB on {where}, and {times * free / 2**30:.2f} GiB are free; "
                 + memory.remedy(shape, config, num_ranks=num_ranks, free_bytes=free, longest=longest)
+            ]
+        )
+
+
+def check_disk(config: Config) -> None:
+    """Refuses a run whose checkpoints and final model do not fit on the disk."""
+    shape = _shape(config)
+    if shape is None:
+        return
+    number, root = memory.checkpoints_at_once(config), Path(config.cluster.fileroot)
+    checkpoints = number * memory.checkpoint_bytes(shape, config)
+    model = shape.params * memory.DTYPE_BYTES[config.actor.dtype]
+    free = room.free_disk(root)
+    if checkpoints + model > free:
+        raise ConfigError(
+            [
+                f"cluster.fileroot = {str(root)!r}: {number} checkpoint{'s' * (number > 1)} and the model need"
+                f" {(checkpoints + model) / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free; use"
+                " recover.keep=1, free space (dpo-kit runs prune, dpo-kit cache rm), or another cluster.fileroot"
             ]
         )
 
@@ -110,7 +142,8 @@ def _is_of(meta: dict[str, Any], config: Config) -> bool:
     return built == (data.path, data.split, config.tokenizer_path, data.max_length)
 
 
-def _check_data(config: Config) -> None:
+def check_data(config: Config) -> None:
+    """Refuses data files that are missing or are no preference data, where that is seen in a blink."""
     from dpo_kit.readers import format_of
     from dpo_kit.rows import open_source
 

@@ -30,9 +30,15 @@ class Recorder:
         self.shown: tuple[str, float] = ("", 0.0)
         self.untold: dict[str, Any] | None = None
         self.step: int | None = None  # the one at hand
-        self.tensorboard = (
-            _tensorboard(run_dir) if world.is_main and config.stats_logger.tensorboard else None
-        )
+        self.tensorboard: Any = None
+
+    def resume(self, step: int) -> None:
+        """Takes up after `step` (0: the beginning): what an interrupted attempt recorded beyond it is removed."""
+        if not self.world.is_main:
+            return
+        records.cut_records(self.run_dir, step)
+        if self.config.stats_logger.tensorboard:
+            self.tensorboard = _tensorboard(self.run_dir, step)
 
     def progress(
         self, phase: str, done: int = 0, total: int | None = None, *, step: int | None = None
@@ -101,7 +107,7 @@ class Recorder:
         return due
 
 
-def _tensorboard(run_dir: Path) -> Any:
+def _tensorboard(run_dir: Path, step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -110,4 +116,4 @@ def _tensorboard(run_dir: Path) -> Any:
             flush=True,
         )
         return None
-    return SummaryWriter(str(run_dir / "tensorboard"))
+    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step else None)

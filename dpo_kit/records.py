@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_kit.errors import UserError
-from dpo_kit.files import atomic_write, read_json, to_json
+from dpo_kit.files import atomic_write, read_json, to_json, told
 from dpo_kit.processes import is_alive
 
 STATES = ("queued", "running", "stopped", "preempted", "failed", "done")
@@ -163,6 +163,19 @@ def clear(run_dir: Path) -> list[str]:
     return removed
 
 
+def clear_requests(run_dir: Path) -> None:
+    """Removes what concerns an ended attempt only, so that the next one goes on from a checkpoint."""
+    for name in ("progress.json", "stop.json"):
+        (run_dir / name).unlink(missing_ok=True)
+    clear_errors(run_dir)
+
+
+def clear_errors(run_dir: Path) -> None:
+    """Removes what failed ranks of an earlier attempt left; the logs stay."""
+    for error in (run_dir / "logs").glob("*.error.json"):
+        error.unlink()
+
+
 def clear_training(run_dir: Path) -> list[str]:
     """Removes what the ranks recorded, so that the same supervisor may start them anew; names what it removed.
 
@@ -170,8 +183,7 @@ def clear_training(run_dir: Path) -> list[str]:
     """
     names = (*_WORK_FILES, *_WORK_FOLDERS)
     removed = _remove(run_dir, [name for name in names if name not in _KEPT_BETWEEN_ATTEMPTS])
-    for error in (run_dir / "logs").glob("rank-*.error.json"):
-        error.unlink()
+    clear_errors(run_dir)
     return removed
 
 
@@ -349,9 +361,13 @@ def add_seconds(phases: list[dict], name: str | None, seconds: float) -> list[di
 def append_metrics(run_dir: Path, record: dict[str, Any]) -> None:
     """Adds one line to `metrics.jsonl`; NaN and infinities become null. A torn last line is cut first."""
     line = to_json(record).encode("utf-8") + b"\n"
-    with open(Path(run_dir) / "metrics.jsonl", "ab+") as file:
-        _cut_torn_tail(file)
-        file.write(line)
+    path = Path(run_dir) / "metrics.jsonl"
+    try:
+        with open(path, "ab+") as file:
+            _cut_torn_tail(file)
+            file.write(line)
+    except OSError as error:
+        raise told(error, path) from None
 
 
 def _cut_torn_tail(file: Any) -> None:
@@ -363,6 +379,18 @@ def _cut_torn_tail(file: Any) -> None:
         return
     file.seek(0)
     file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def cut_records(run_dir: Path, step: int) -> None:
+    """Removes metrics and evaluations of later steps than `step`, and a torn last line; all of them before a start."""
+    path = Path(run_dir) / "metrics.jsonl"
+    kept = [record for record in read_metrics(run_dir) if step and record["step"] <= step]
+    text = "".join(to_json(record) + "\n" for record in kept)
+    if path.exists() and path.read_bytes() != text.encode("utf-8"):
+        atomic_write(path, text)
+    for file in (Path(run_dir) / "evaluations").glob("step-*.jsonl"):
+        if int(file.stem.removeprefix("step-")) > step:
+            file.unlink()
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -418,7 +446,6 @@ def write_rank_error(
     run_dir: Path,
     rank: int | str,
     exc: BaseException,
-    row: int | None = None,
     out_of_memory: dict[str, Any] | None = None,
 ) -> None:
     """Leaves the cause of a failure where the supervisor finds it; the traceback goes to the log.
@@ -427,7 +454,6 @@ def write_rank_error(
         run_dir: the run folder.
         rank: the rank, or the name of another process of the run (`prepare`, `samples`).
         exc: what was raised.
-        row: source row of the data that was being worked on, when known.
         out_of_memory: `section` and `step` (`budget.OutOfMemory.facts`), when that was the cause.
     """
     record = {
@@ -436,7 +462,7 @@ def write_rank_error(
         "message": str(exc),
         "type": type(exc).__name__,
         "user_mistake": isinstance(exc, UserError),
-        "row": row,
+        "rows": list(getattr(exc, "data_rows", ())),  # of the data, that were being worked on
         "out_of_memory": out_of_memory,
         "at": time.time(),
     }

@@ -45,9 +45,14 @@ def free_host_bytes() -> int:
 
 def free_disk(folder: Path) -> int:
     """Bytes free where `folder` is, or will be."""
-    while not folder.exists() and folder != folder.parent:
+    return shutil.disk_usage(nearest_folder(folder)).free
+
+
+def nearest_folder(folder: Path) -> Path:
+    """The folder itself, or the nearest one above it that exists."""
+    while not folder.is_dir() and folder != folder.parent:
         folder = folder.parent
-    return shutil.disk_usage(folder).free
+    return folder
 
 
 def free_device_bytes() -> int | None:

@@ -19,8 +19,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dpo_kit import commit, locks, manifest, owners, records, supervisor, watch
 from dpo_kit import config as config_module
-from dpo_kit import locks, manifest, owners, records, supervisor, watch
 from dpo_kit.config import Config
 from dpo_kit.display import plain_table, table
 from dpo_kit.errors import RunError, UserError
@@ -87,6 +87,10 @@ class Run:
         """The resolved configuration of the run."""
         return config_module.load(self.dir / "config.yaml")
 
+    def checkpoints(self) -> list[int]:
+        """Steps of the checkpoints that there are, in order; whether they are whole is seen when one is loaded."""
+        return commit.steps(self.dir / "checkpoints")
+
     def metrics(self) -> pd.DataFrame:
         """`metrics.jsonl` as a table: one row a line (training steps and evaluations), one column a name."""
         try:
@@ -152,7 +156,7 @@ class Run:
         return self
 
     def resume(self) -> Run:
-        """Starts the supervisor on this folder again; without checkpoints the trial starts anew.
+        """Starts the supervisor on this folder again, from the last whole checkpoint; without one it starts anew.
 
         A run that is done or live is left as it is, and so says.
         """
@@ -328,7 +332,7 @@ def _size_text(folder: Path) -> str:
 
 
 def begin_anew(run: Run, files: dict[str, str] | None = None) -> None:
-    """Clears what an ended attempt left and queues the run again; says what was removed.
+    """Queues an ended run again; without a checkpoint, what the attempt left is removed, and so says.
 
     Args:
         run: a run that is not live.
@@ -343,14 +347,20 @@ def begin_anew(run: Run, files: dict[str, str] | None = None) -> None:
             raise UserError(
                 f"{run.name} is being started by another process; see `dpo-kit runs show {run.name}`"
             )
-        removed = records.clear(run.dir)
+        kept = run.checkpoints()
+        removed = []
+        if kept:
+            records.clear_requests(run.dir)
+        else:
+            removed = records.clear(run.dir)
         for name, content in (files or {}).items():
             atomic_write(run.dir / name, content)
         records.reset_status(run.dir)
     left = (
         f"; removed of the earlier attempt ({_steps(before)} steps): {', '.join(removed)}" if removed else ""
     )
-    print(f"{run.name} has no checkpoint and starts anew{left}", flush=True)
+    how = f"goes on from checkpoint step-{kept[-1]}" if kept else f"has no checkpoint and starts anew{left}"
+    print(f"{run.name} {how}", flush=True)
 
 
 def start_supervisor(run: Run, owner: str | None = None) -> None:

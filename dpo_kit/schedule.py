@@ -43,12 +43,13 @@ def step_rows(config: Config, num_pairs: int, step: int) -> np.ndarray:
     return _epoch_order(config, num_pairs, epoch)[at * size : (at + 1) * size]
 
 
-def rows_by_step(config: Config, num_pairs: int) -> Iterator[np.ndarray]:
-    """`step_rows` of every step of the run in turn; an epoch's order is drawn once, not once a step."""
+def rows_by_step(config: Config, num_pairs: int, done: int = 0) -> Iterator[np.ndarray]:
+    """`step_rows` of every step after `done` in turn; an epoch's order is drawn once, not once a step."""
     per_epoch, size = steps_per_epoch(config, num_pairs), config.train_dataset.batch_size
-    for first in range(0, num_steps(config, num_pairs), per_epoch):
+    total = num_steps(config, num_pairs)
+    for first in range(done // per_epoch * per_epoch, total, per_epoch):
         order = _epoch_order(config, num_pairs, first // per_epoch)
-        for at in range(min(per_epoch, num_steps(config, num_pairs) - first)):
+        for at in range(max(0, done - first), min(per_epoch, total - first)):
             yield order[at * size : (at + 1) * size]
 
 

@@ -9,10 +9,12 @@ Everything heavy is a child process; the supervisor imports neither torch nor da
                                      cluster.grace_s, or at a second signal; `stopped` or `preempted`
     a rank runs out of memory    ->  the others are killed; all start again with half the micro-batch, three
                                      times at most (`halving`): that does not change a step's result
-    a rank fails                 ->  the others are killed; `failed` with that rank's cause in one line
+    a rank fails                 ->  the others are killed; with `recover.mode: auto` all start again from the last
+                                     whole checkpoint, until `recover.retries` failures in a row brought no new
+                                     step; else `failed` with that rank's cause in one line
     the supervisor is killed     ->  the children end with it (`processes.die_with_parent`)
 
-Deliberately not here: what a rank does (worker), making run folders (launch), restarts after other failures.
+Deliberately not here: what a rank does (worker), making run folders (launch), checkpoints (keeper).
 """
 
 from __future__ import annotations
@@ -32,8 +34,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dpo_kit import commit, failures, halving, locks, manifest, records, watch
 from dpo_kit import config as config_module
-from dpo_kit import failures, halving, locks, manifest, records, watch
 from dpo_kit.attend import Session, ask, attend, child_variables, kill, look, merge, popen
 from dpo_kit.errors import UserError
 from dpo_kit.processes import identify
@@ -121,6 +123,10 @@ def _run(
     if codes[0] != 0:
         return session.stop or "preempted", _how_stopped(session, codes), False
     _make_samples(session, samples_module)
+    if told := manifest.repetition(session.run_dir):
+        records.update_status(session.run_dir, repetition=told)
+        if session.lines:
+            session.lines.write(told)
     return "done", _halved(session), False
 
 
@@ -150,7 +156,7 @@ def _finish(session: Session, state: str, message: str) -> None:
         session.run_dir, state=state, message=message, ended_at=time.time(), phases=phases, ranks=[]
     )
     records.clear_stop(session.run_dir)
-    if state == "done" and not session.halvings:  # the time of broken attempts is nobody's expectation
+    if state == "done" and status["attempt"] == 1:  # the time of broken attempts is nobody's expectation
         watch.remember_seconds(Path(session.config.cluster.fileroot), session.kind, phases)
     if session.lines:
         session.lines.finish(status)
@@ -169,7 +175,7 @@ def _run_child(session: Session, module: str, name: str) -> int | None:
 def _run_ranks(session: Session, module: str) -> list[int | None]:
     """Starts the ranks and waits for all of them; see `attend` for what comes back."""
     records.write_progress(session.run_dir, phase="start ranks")
-    session.started_ranks = True
+    session.started_ranks, session.moved_at = True, time.monotonic()
     # A fresh file for every start: ranks would join the group that a used one describes.
     with tempfile.TemporaryDirectory(prefix="dpo-kit-init-") as folder:
         ranks: list[subprocess.Popen] = []
@@ -183,8 +189,9 @@ def _run_ranks(session: Session, module: str) -> list[int | None]:
                 if session.device == "cuda":
                     environment.pop("OMP_NUM_THREADS")
                 with open(session.run_dir / "logs" / f"rank-{rank}.log", "ab") as log:
-                    if session.halvings:
-                        log.write(f"--- after halving {session.halvings}\n".encode())
+                    attempt = records.read_status(session.run_dir).get("attempt", 1)
+                    if attempt > 1:
+                        log.write(f"--- attempt {attempt}\n".encode())
                         log.flush()
                     ranks.append(popen([module, str(session.run_dir)], environment, log))
             records.update_status(session.run_dir, ranks=[process.pid for process in ranks])
@@ -193,17 +200,24 @@ def _run_ranks(session: Session, module: str) -> list[int | None]:
             kill(ranks)
 
 
-# ---------------------------------------------------------------- running out of memory
+# ---------------------------------------------------------------- starting the ranks again
 
 
 def _train(session: Session, module: str) -> tuple[list[int | None], failures.Failure | None]:
-    """Runs the ranks, after one ran out of memory with half the micro-batch; the last exit statuses and failure."""
+    """Runs the ranks, again after failures that allow it; the last exit statuses and failure."""
     while True:
         codes = _run_ranks(session, module)
-        failed = failures.rank_failure(session.run_dir, codes, stopping=session.stop is not None)
-        if failed is None or failed.out_of_memory is None or session.stop:
+        if session.hung:
+            (rank, told), session.hung = session.hung, None
+            failed: failures.Failure | None = failures.Failure(told, rank=rank, cause="hung")
+        else:
+            failed = failures.rank_failure(session.run_dir, codes, stopping=session.stop is not None)
+        if failed is None or session.stop:
             return codes, failed
-        failed = _halve(session, failed, failed.out_of_memory)
+        if failed.out_of_memory is not None:
+            failed = _halve(session, failed, failed.out_of_memory)
+        else:
+            failed = _retry(session, failed)
         if failed:
             return codes, failed
 
@@ -226,26 +240,42 @@ def _halve(session: Session, failed: failures.Failure, where: dict[str, Any]) ->
     if entry is None:
         return replace(failed, message=_too_long(session, failed, settled["longest_pair"]))
     session.halvings += 1
-    _rewind(session)
     manifest.write_commands(session.run_dir)
-    told = (
-        f"rank {failed.rank} ran out of memory with {entry['from']:,} tokens a micro-batch;"
-        f" going on with {entry['to']:,} ({session.halvings} of {halving.MOST_HALVINGS})"
-    )
-    attempt = records.read_status(session.run_dir).get("attempt", 1) + 1
-    records.update_status(session.run_dir, attempt=attempt, step=0, ranks=[], message=told)
-    if session.lines is None:
-        print(told, flush=True)
+    told = f"rank {failed.rank} ran out of memory with {entry['from']:,} tokens a micro-batch"
+    _rewind(session, told, f"with {entry['to']:,} ({session.halvings} of {halving.MOST_HALVINGS})")
     return None
 
 
-def _rewind(session: Session) -> None:
-    """Brings the folder back to where the next attempt begins; a resume from a checkpoint hooks in here.
+def _retry(session: Session, failed: failures.Failure) -> failures.Failure | None:
+    """Makes ready to start the ranks again; the failure when it is not to be mended that way."""
+    recover = session.config.recover
+    if recover.mode != "auto" or failed.mistake:
+        return failed
+    step = (records.read_json(session.run_dir / "progress.json", {}) or {}).get("step") or 0
+    if step > session.failed_at:
+        session.failed_at, session.failures = step, 0
+    session.failures += 1
+    if session.failures > recover.retries:
+        times = f"{session.failures} failure{'s' if session.failures > 1 else ''}"
+        return replace(failed, message=f"{failed.message}; given up after {times} in a row at step {step}")
+    _rewind(session, failed.message, f"(failure {session.failures}, {recover.retries} in a row are allowed)")
+    return None
 
-    There are no checkpoints yet, so that is before the first step: what the ranks recorded is removed.
-    """
-    records.clear_training(session.run_dir)
-    records.write_progress(session.run_dir, phase="start ranks", step=0)
+
+def _rewind(session: Session, told: str, how: str) -> None:
+    """Brings the folder back to where the next attempt begins: the last checkpoint, or before the first step."""
+    found = commit.steps(session.run_dir / "checkpoints")
+    if found:
+        records.clear_errors(session.run_dir)
+    else:
+        records.clear_training(session.run_dir)
+    step = found[-1] if found else 0
+    records.write_progress(session.run_dir, phase="start ranks", step=step)
+    told = f"{told}; going on from {f'checkpoint step-{step}' if found else 'the start'} {how}"
+    attempt = records.read_status(session.run_dir).get("attempt", 1) + 1
+    records.update_status(session.run_dir, attempt=attempt, step=step, ranks=[], message=told)
+    if session.lines is None:
+        print(told, flush=True)
 
 
 def _too_long(session: Session, failed: failures.Failure, longest: int) -> str:

@@ -10,7 +10,6 @@ Not here: writing the records (recorder), building pairs, starting or ending pro
 from __future__ import annotations
 
 import gc
-import math
 import os
 import signal
 import sys
@@ -29,6 +28,7 @@ from dpo_kit import (
     card,
     engine,
     halving,
+    hangs,
     manifest,
     memory,
     model,
@@ -44,6 +44,7 @@ from dpo_kit.costs import Shape
 from dpo_kit.engine import Engine, Hooks
 from dpo_kit.errors import UserError
 from dpo_kit.files import read_json
+from dpo_kit.keeper import Keeper
 from dpo_kit.parallel import DTYPES, World, init_world
 from dpo_kit.preferences import PairStore, open_store
 from dpo_kit.recorder import Recorder
@@ -88,6 +89,10 @@ def _run(run_dir: Path, config: Config, world: World, recorder: Recorder, should
     )
     settle_budget(run_dir, state, free)
     recorder.write_weights(prepare_reference(state, Path(config.cluster.fileroot)))
+    optimizer = engine.make_optimizer(state)
+    keeper = Keeper(run_dir, state, optimizer)
+    facts = keeper.resume()
+    recorder.resume(facts["step"])
     tokenizer = builtin.load_tokenizer(builtin.ensure(config.tokenizer_path or config.actor.path))
     end_token_id = int(train.pair(0).chosen_ids[-1])
     dtype = DTYPES[config.actor.dtype]
@@ -98,13 +103,10 @@ def _run(run_dir: Path, config: Config, world: World, recorder: Recorder, should
             state.policy, folder, tokenizer, world, dtype=dtype, end_token_id=end_token_id, card=text
         )
 
-    best = math.inf
-
     def evaluated(step: int, means: dict[str, Any], pairs: list[dict[str, Any]]) -> None:
-        nonlocal best
         recorder.write_evaluation(step, means, pairs)
-        if config.saver.best and step and means["dpo-eval/loss"] < best:
-            best = means["dpo-eval/loss"]
+        if config.saver.best and step and means["dpo-eval/loss"] < keeper.best:
+            keeper.best = means["dpo-eval/loss"]
             save(run_dir / "exports" / "best")
 
     hooks = Hooks(
@@ -112,13 +114,19 @@ def _run(run_dir: Path, config: Config, world: World, recorder: Recorder, should
         evaluated=evaluated,
         due=recorder.due,
         save=lambda step: save(run_dir / "exports" / f"step-{step}"),
+        checkpoint=keeper.save,
     )
     try:
-        engine.train(state, hooks)
+        last = engine.train(
+            state, hooks, optimizer, done=facts["step"], owes_evaluation=facts["owes_evaluation"]
+        )
     finally:
         recorder.flush()
     recorder.progress("export")
+    if config.recover.keep == "all":
+        keeper.save(optimizer, last)
     save(run_dir / "model")
+    keeper.finish()
 
 
 def check_micro_batch(config: Config, train: PairStore) -> None:
@@ -342,6 +350,7 @@ def _longest(stores: list[PairStore | None]) -> int:
 def main(run_dir: Path) -> int:
     """Runs this rank; returns its exit status."""
     processes.die_with_parent()
+    hangs.answer_requests()
     stop = False
 
     def ask_to_stop(*_: Any) -> None:

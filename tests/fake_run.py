@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from dpo_kit import halving, records
+from dpo_kit import commit, halving, hangs, records
 from dpo_kit.errors import DataError
 
 
@@ -32,6 +32,16 @@ def act(run_dir, part, action, rank):
         os._exit(arguments[0])
     elif name == "kill":
         os.kill(os.getpid(), arguments[0])
+    elif name == "hang":
+        hangs.answer_requests()
+        hang()
+    elif name == "wait":  # as a rank does that stands in a collective
+        hangs.answer_requests()
+        exec(compile("import time\ntime.sleep(600)", "torch/distributed/collective.py", "exec"))
+    elif name == "checkpoint":
+        folder = run_dir / "checkpoints" / f"step-{arguments[0]}"
+        staged = commit.stage(folder)
+        commit.seal(staged, folder, {})
     elif name == "attempts":  # one list of actions for each attempt; the last one for those that follow
         number = records.read_status(run_dir)["attempt"]
         for inner in arguments[min(number, len(arguments)) - 1]:
@@ -54,6 +64,10 @@ def act(run_dir, part, action, rank):
         (run_dir / f"environment-{rank}.json").write_text(json.dumps(dict(os.environ)))
     else:
         raise AssertionError(action)
+
+
+def hang():
+    time.sleep(600)
 
 
 def train(run_dir, rank, steps, step_s):

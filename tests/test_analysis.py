@@ -157,3 +157,16 @@ def test_reading_of_evaluations():
     early = [{**held_out[0], "step": 0, "dpo-eval/loss": 0.4}, held_out[2]]
     assert "lowest before training (0.400) and rose to 0.600" in read([step(1, math.log(2), 0, 0), *early])
     assert "lowest" not in read([step(1, math.log(2), 0, 0), *held_out[:2]])
+
+
+def test_a_gradient_that_jumps_is_told():
+    lines = [
+        {"step": i, "dpo/loss": 0.6, "dpo/chosen_reward": 1.0, "dpo/rejected_reward": 0.1, "grad_norm": 2.0}
+        for i in range(1, 31)
+    ]
+    assert analysis.spikes(lines) == []
+    lines[4]["grad_norm"] = 100.0  # too early to know what is usual
+    lines[20]["grad_norm"] = 11.0
+    assert analysis.spikes(lines) == [21]
+    said = analysis.reading(lines, loss_type="sigmoid", beta=0.1)
+    assert any("jumped at step 21 " in line for line in said)

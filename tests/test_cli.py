@@ -8,6 +8,8 @@ import io
 import json
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 import warnings
@@ -447,3 +449,70 @@ def test_train_removes_the_run_folder_when_the_data_are_wrong(tmp_path):
     assert (status, len(err)) == (2, 1), err
     assert "column 'rejected' is null" in err[0]
     assert listing(tmp_path) == before
+
+
+def test_a_fork_without_changes_equals_its_parent(tmp_path):
+    config = write_config(tmp_path, recover={"freq_steps": 1, "keep": "all"})
+    status, out, _ = call("train", "--config", config, "trial_name=parent")
+    assert status == 0
+    parent = Path(out[-1])
+    assert [path.name for path in sorted((parent / "checkpoints").iterdir())] == [
+        "step-1",
+        "step-2",
+        "step-3",
+    ]
+    status, out, err = call("runs", "fork", parent, "--step", "2", "trial_name=child")
+    assert (status, err) == (0, [])
+    child = Path(out[-1])
+    assert child.name == "child"
+    assert any(
+        "resumed from checkpoint step-2" in line
+        for line in (child / "logs/rank-0.log").read_text().split("\n")
+    )
+    times = ("step_s", "tokens_per_second", "pairs_per_second")
+    mine, theirs = (
+        [{k: v for k, v in line.items() if k not in times} for line in records.read_metrics(run_dir)]
+        for run_dir in (child, parent)
+    )
+    assert mine == theirs
+    weights = [(run_dir / "model" / "model.safetensors").read_bytes() for run_dir in (child, parent)]
+    assert weights[0] == weights[1]
+    status, out, _ = call("runs", "fork", parent, "--step", "2", "actor.beta=0.3", "trial_name=other")
+    assert status == 0
+    assert (Path(out[-1]) / "model" / "model.safetensors").read_bytes() != weights[0]
+    status, _, err = call("runs", "fork", parent, "--step", "7")
+    assert (status, len(err)) == (2, 1)
+    assert "no checkpoint of step 7; it has those of steps 1, 2, 3" in err[0]
+
+
+def test_the_command_in_the_manifest_repeats_the_run(trained, tmp_path):
+    first = Path(trained[2][-1])
+    command = json.loads((first / "manifest.json").read_text())["command"]
+    assert command.startswith("dpo-kit train --config ")
+    given = shlex.split(command)[1:]
+    status, out, err = call(*given, f"cluster.fileroot={tmp_path / 'elsewhere'}", "trial_name=again")
+    assert (status, err) == (0, [])
+    again = Path(out[-1])
+    assert [line["dpo/loss"] for line in records.read_metrics(again)] == [
+        line["dpo/loss"] for line in records.read_metrics(first)
+    ]
+    (told,) = [line for line in out if line.startswith("repeats ")]
+    assert told.startswith("repeats cli/first: differs in cluster.fileroot: ")
+    assert told.count(" -> ") == 1
+    status, out, _ = call(*given, "actor.beta=0.7")
+    (told,) = [line for line in out if line.startswith("repeats ")]
+    assert told == "repeats cli/first: differs in actor.beta: 0.1 -> 0.7"
+
+
+def test_a_repetition_names_what_changed_beside_the_configuration(trained, tmp_path):
+    first = tmp_path / "exp" / "first"
+    shutil.copytree(trained[2][-1], first)
+    made = json.loads((first / "manifest.json").read_text())
+    made["versions"]["torch"] = "1.0"
+    made["data"]["train"]["fingerprint"] = "abc"
+    (first / "manifest.json").write_text(json.dumps(made))
+    status, out, _ = call("train", "--config", first / "config.yaml", "trial_name=null")
+    assert status == 0
+    (told,) = [line for line in out if line.startswith("repeats ")]
+    assert "versions.torch: 1.0 -> " in told
+    assert "data.train.fingerprint: abc -> " in told

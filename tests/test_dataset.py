@@ -251,7 +251,7 @@ def test_policies_by_hand(tmp_path, configure):
     assert store.index.tolist() == [1, 3, 4, 5, 6, 7]
     report = store.report
     assert (report["rows"], report["kept"]) == (8, 6)
-    assert report["dropped"] == {"identical": 1, "over max_length": 1}
+    assert report["dropped"] == {"identical": 1, "over max_length": 1, "unusable": 0}
     notes = {what: count for what, count in report["notes"].items() if count}
     assert notes == {
         "kept with an empty response": 1,
@@ -564,3 +564,48 @@ def test_lcp_equals_brute_force_on_the_real_pairs(toy, configure, named):
         assert tokenizer.decode(store.pair(i).chosen_ids) == texts[i]["chosen"] + tokenizer.eos_token
         context = tokenizer.decode(store.pair(i).chosen_ids[: store.pair(i).context])
         assert context.endswith("\n\nAssistant:")
+
+
+def mixed_rows(path: Path) -> Path:
+    """Six usable rows and three that are not."""
+    lines = [json.dumps(raw(f"q{i}", "yes", "no")) for i in range(6)]
+    lines[2:2] = ["{not json", json.dumps({"chosen": "a", "rejected": None})]
+    lines.append(json.dumps({"chosen": 5, "rejected": "b"}))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_quarantine_drops_unusable_rows_and_names_each(tmp_path, configure):
+    path = mixed_rows(tmp_path / "a.jsonl")
+    with pytest.raises(DataError, match=r"^3 bad rows; first: .*a.jsonl line 3: "):
+        dataset.build(configure(path))
+    with pytest.warns(UserWarning, match=r"3 of 9 rows \(33.3 %\) .* were dropped \(3 unusable\)"):
+        store = dataset.build(configure(path, bad_rows="quarantine"))
+    assert store.index.tolist() == [0, 1, 4, 5, 6, 7]
+    assert store.report["dropped"]["unusable"] == 3
+    named = store.report["unusable_rows"]
+    assert [text.split(":")[0] for text in named] == ["line 3", "line 4", "line 9"]
+    assert "'rejected'" in named[1]
+    assert f"unusable   {named[0]}" in dataset.format_report(store)
+
+
+def test_quarantine_counts_towards_the_share_that_may_be_dropped(tmp_path, configure):
+    path = mixed_rows(tmp_path / "a.jsonl")
+    with pytest.raises(DataError, match=r"max_dropped_share = 0.3, but 3 of 9 rows"):
+        dataset.build(configure(path, bad_rows="quarantine", max_dropped_share=0.3))
+
+
+def test_a_file_of_unusable_rows_is_an_error_in_quarantine_too(tmp_path, configure):
+    path = write_rows(tmp_path / "a.jsonl", [{"chosen": None, "rejected": "b"}] * 3)
+    with pytest.raises(DataError, match=r"all 3 rows were dropped \(3 unusable\); bad_rows=strict names"):
+        dataset.build(configure(path, bad_rows="quarantine"))
+
+
+def test_repeats_and_contradictions_are_counted_over_the_whole_file(tmp_path, configure):
+    pairs = [raw(f"q{i}", "yes", "no") for i in range(300)]  # over one batch
+    swapped = [{"chosen": p["rejected"], "rejected": p["chosen"]} for p in pairs[:5]]
+    rows = [*swapped[:1], *pairs, *pairs[:7], *swapped[1:]]
+    notes = dataset.build(configure(write_rows(tmp_path / "a.jsonl", rows))).report["notes"]
+    assert notes[pairing.REPEATED] == 7
+    # The first swapped one came before: the pair itself and its repeat contradict it.
+    assert notes[pairing.CONTRADICTORY] == 2 + 4

@@ -12,7 +12,7 @@ import time
 import pytest
 import yaml
 
-from dpo_kit import devices, launch, records, runs
+from dpo_kit import commit, devices, launch, records, runs
 from dpo_kit.errors import DataError, RunError, UserError
 from dpo_kit.files import read_json
 from tests.fakes import LONG
@@ -202,6 +202,84 @@ def test_a_done_trial_is_skipped_with_recover_auto(fakes, capsys):
     assert "exp/one is done at step 3: skipped" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"done with another configuration \(actor.beta: 0.1 -> 0.2\)"):
         launch.start(fakes.config("trial_name=one", "recover.mode=auto", "actor.beta=0.2"))
+
+
+def interrupted(fakes, *overrides, step=2):
+    """A stopped run with a checkpoint."""
+    fakes.play([["train", 3, 0.02], ["checkpoint", step], ["train", 600, 0.1]])
+    run = launch.start(fakes.config("trial_name=one", *overrides))
+    until(lambda: len(records.read_metrics(run.dir)) >= 4)
+    run.stop()
+    assert run.checkpoints() == [step]
+    return run
+
+
+def test_an_interrupted_trial_goes_on_from_its_checkpoint(fakes, capsys):
+    run = interrupted(fakes)
+    fakes.play([["train", 2, 0.02]])
+    again = launch.start(fakes.config("trial_name=one", "recover.mode=auto", "total_train_epochs=7"))
+    assert again.wait().status["attempt"] == 2
+    out = capsys.readouterr().out
+    assert "its configuration changes: total_train_epochs: 1 -> 7" in out
+    assert "exp/one goes on from checkpoint step-2" in out
+    assert len(records.read_metrics(run.dir)) > 4  # the ranks cut it, not the launcher
+    assert again.config.total_train_epochs == 7
+
+
+def test_another_configuration_does_not_go_on_from_a_checkpoint(fakes):
+    run = interrupted(fakes)
+    before = (run.dir / "config.yaml").read_text()
+    with pytest.raises(
+        UserError, match=r"actor.beta: 0.1 -> 0.2\); use another trial_name, or fork it"
+    ) as told:
+        launch.start(fakes.config("trial_name=one", "recover.mode=auto", "actor.beta=0.2"))
+    assert "dpo-kit runs fork exp/one actor.beta=VALUE" in str(told.value)
+    assert (run.dir / "config.yaml").read_text() == before
+    assert run.state == "stopped"
+
+
+def test_a_done_trial_is_made_longer_only_from_a_checkpoint_that_was_kept(fakes):
+    launch.start(fakes.config("trial_name=one")).wait()
+    longer = ("trial_name=one", "recover.mode=auto", "total_train_epochs=2")
+    with pytest.raises(UserError, match="kept no checkpoint to go on from"):
+        launch.start(fakes.config(*longer))
+    fakes.play([["train", 3, 0.02], ["checkpoint", 3]])
+    launch.start(fakes.config("trial_name=two")).wait()
+    fakes.play([["train", 2, 0.02]])
+    again = launch.start(fakes.config("trial_name=two", *longer[1:])).wait()
+    assert (again.state, again.status["attempt"]) == ("done", 2)
+
+
+def test_a_fork_is_a_new_run_from_a_checkpoint(fakes):
+    parent = interrupted(fakes)
+    before = records.read_metrics(parent.dir)
+    child = launch.fork(parent, 2, ["actor.beta=0.3", "trial_name=child"])
+    assert (child.name, child.state, child.config.actor.beta) == ("exp/child", "queued", 0.3)
+    assert read_json(child.dir / "manifest.json")["parent"] == {
+        "run": "exp/one",
+        "folder": str(parent.dir),
+        "step": 2,
+    }
+    assert child.checkpoints() == [2]
+    assert commit.damage(child.dir / "checkpoints" / "step-2") == ""
+    assert records.read_metrics(child.dir) == [line for line in before if line["step"] <= 2]
+    assert (parent.config.actor.beta, records.read_metrics(parent.dir)) == (0.1, before)
+    # Removing the parent's takes nothing from the child.
+    commit.discard(parent.dir / "checkpoints" / "step-2")
+    assert commit.damage(child.dir / "checkpoints" / "step-2") == ""
+
+
+def test_a_fork_of_a_step_that_is_not_kept_lists_those_that_are(fakes):
+    parent = interrupted(fakes)
+    with pytest.raises(UserError, match=r"no checkpoint of step 40; it has those of steps 2 "):
+        launch.fork(parent, 40)
+    (parent.dir / "checkpoints" / "step-2" / "more").write_text("x")
+    with pytest.raises(UserError, match="step-2 is damaged: more was added"):
+        launch.fork(parent)
+    commit.discard(parent.dir / "checkpoints" / "step-2")
+    with pytest.raises(UserError, match="has no checkpoint; it has none"):
+        launch.fork(parent)
+    assert fakes.folders() == ["exp/one"]
 
 
 def test_an_interrupted_trial_starts_anew_and_says_what_it_removes(fakes, capsys):

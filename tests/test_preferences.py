@@ -224,3 +224,20 @@ def test_store_that_is_no_set_of_pairs_is_not_written(tmp_path):
         with pytest.raises(AssertionError, match=name):
             write_store(tmp_path / "s", {**example_arrays(), name: np.array(value)}, META)
     assert not (tmp_path / "s").exists()
+
+
+def test_tokens_in_a_file_give_the_same_store(tmp_path):
+    ids = [np.arange(5, dtype=np.int32), np.arange(7, dtype=np.int32) + 3]
+    tokens = preferences.TokenFile(tmp_path)
+    for part in ids:
+        tokens.append(part)
+    numbers = {name: np.zeros(2, np.int64) for name in ("shared", "prompt", "context", "index")}
+    offsets = np.array([0, 5, 12])
+    offsets = {"chosen_offsets": offsets, "rejected_offsets": offsets}
+    made = []
+    for name, given in (("file", tokens), ("memory", np.concatenate(ids))):
+        arrays = {"chosen_ids": given, "rejected_ids": given, **offsets, **numbers}
+        made.append(preferences.write_store(tmp_path / name, arrays, {"tokenizer": {}, "report": {}}))
+    assert made[0].fingerprint == made[1].fingerprint
+    assert made[0].pair(1).chosen_ids.tolist() == ids[1].tolist()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "memory"]

@@ -174,13 +174,15 @@ def test_the_first_request_to_stop_stands(run_dir):
 
 
 def test_the_earliest_error_comes_first(run_dir):
-    records.write_rank_error(run_dir, 1, ValueError("boom\nmore"), row=17)
+    boom = ValueError("boom\nmore")
+    boom.data_rows = (17, 4)
+    records.write_rank_error(run_dir, 1, boom)
     time.sleep(0.01)
     records.write_rank_error(run_dir, 0, RuntimeError("peer closed the connection"))
     records.write_rank_error(run_dir, "prepare", UserError("train.jsonl: empty"))
     errors = records.read_rank_errors(run_dir)
     assert [error["rank"] for error in errors] == [1, 0, "prepare"]
-    assert (errors[0]["error"], errors[0]["row"]) == ("ValueError: boom", 17)
+    assert (errors[0]["error"], errors[0]["rows"]) == ("ValueError: boom", [17, 4])
     assert (errors[2]["error"], errors[2]["user_mistake"]) == ("train.jsonl: empty", True)
 
 
@@ -216,3 +218,22 @@ def test_clear_removes_the_work_and_names_it(run_dir):
         "manifest.json",
         "status.json",
     ]
+
+
+def test_records_are_cut_back_to_a_step(run_dir):
+    for step in (0, 1, 2, 2, 3):
+        records.append_metrics(run_dir, {"step": step, "dpo/loss": 0.5})
+    (run_dir / "evaluations").mkdir()
+    for step in (0, 2, 3):
+        (run_dir / "evaluations" / f"step-{step}.jsonl").write_text("")
+    with open(run_dir / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "dpo/lo')
+    records.cut_records(run_dir, 2)
+    assert [line["step"] for line in records.read_metrics(run_dir)] == [0, 1, 2, 2]
+    assert (run_dir / "metrics.jsonl").read_text().endswith("}\n")
+    assert sorted(path.name for path in (run_dir / "evaluations").iterdir()) == [
+        "step-0.jsonl",
+        "step-2.jsonl",
+    ]
+    records.cut_records(run_dir, 0)
+    assert records.read_metrics(run_dir) == []

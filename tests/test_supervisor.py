@@ -22,10 +22,11 @@ from tests.fake_supervisor import MODULES
 CONFIG = """
 experiment_name: exp
 trial_name: one
-cluster: {{fileroot: {fileroot}, n_gpus_per_node: 0, grace_s: {grace_s}}}
+cluster: {{fileroot: {fileroot}, n_gpus_per_node: 0, grace_s: {grace_s}, step_timeout_s: {timeout_s}}}
 actor: {{path: tiny-random, backend: "fsdp:d{num_ranks}"}}
 ref: {{path: tiny-random}}
 train_dataset: {{path: sample}}
+recover: {{mode: "{recover}", retries: 2}}
 evaluator: {{num_samples: {num_samples}}}
 """
 LONG = [["train", 600, 0.1]]
@@ -36,9 +37,10 @@ def make_run(tmp_path):
     """A run folder whose processes play the given parts."""
     pids = []
 
-    def make(worker, prepare=(), samples=(), num_ranks=2, grace_s=5.0, num_samples=1):
+    def make(worker, prepare=(), samples=(), num_ranks=2, **settings):
         fileroot = tmp_path / "runs"
-        text = CONFIG.format(fileroot=fileroot, grace_s=grace_s, num_ranks=num_ranks, num_samples=num_samples)
+        settings = {"grace_s": 5.0, "num_samples": 1, "recover": "disabled", "timeout_s": 60.0, **settings}
+        text = CONFIG.format(fileroot=fileroot, num_ranks=num_ranks, **settings)
         run_dir = records.create(fileroot, "exp", "one", config_text=text, manifest={})
         by_rank = worker if isinstance(worker, dict) else {str(rank): worker for rank in range(num_ranks)}
         play = {"prepare": list(prepare), "worker": by_rank, "samples": list(samples)}
@@ -452,10 +454,10 @@ def test_a_rank_that_runs_out_of_memory_goes_on_with_half(make_run, capsys):
         " trial_name=null actor.mb_spec.max_tokens_per_mb=2048 ref.mb_spec.max_tokens_per_mb=8192"
     )
     lines = capsys.readouterr().out.splitlines()
-    first = "rank 1 ran out of memory with 8,192 tokens a micro-batch; going on with 4,096 (1 of 3)"
-    second = "rank 0 ran out of memory with 4,096 tokens a micro-batch; going on with 2,048 (2 of 3)"
+    first = "rank 1 ran out of memory with 8,192 tokens a micro-batch; going on from the start with 4,096 (1 of 3)"
+    second = "rank 0 ran out of memory with 4,096 tokens a micro-batch; going on from the start with 2,048 (2 of 3)"
     assert [line for line in lines if "ran out" in line] == [first, second]
-    assert "--- after halving 2" in (run_dir / "logs" / "rank-0.log").read_text()
+    assert "--- attempt 3" in (run_dir / "logs" / "rank-0.log").read_text()
     assert not (tmp(run_dir) / ".cache" / "phase_seconds.json").exists()
 
 
@@ -513,3 +515,80 @@ def test_a_run_that_is_being_stopped_is_not_started_again(make_run):
     thread.join()
     assert records.read_status(run_dir)["attempt"] == 1
     assert read_json(run_dir / "budget.json")["halvings"] == []
+
+
+# ---------------------------------------------------------------- starting again, and ranks that hang
+
+
+def test_a_killed_rank_goes_on_from_the_last_checkpoint(make_run, capsys):
+    first = [["train", 2, 0.02], ["checkpoint", 2], ["train", 3, 0.02]]
+    others = [["deaf"], ["sleep", 600]]
+    run_dir = make_run(
+        {
+            "0": [["attempts", [*first, ["sleep", 600]], [["train", 4, 0.02]]]],
+            "1": [["attempts", [["sleep", 1.0], ["kill", 9]], others[:0]]],
+        },
+        num_samples=0,
+        recover="auto",
+    )
+    assert supervise(run_dir, foreground=True, **MODULES) == 0
+    status = records.read_status(run_dir)
+    assert (status["state"], status["attempt"], status["step"]) == ("done", 2, 4)
+    told = [line for line in capsys.readouterr().out.splitlines() if "going on" in line]
+    assert told == [
+        "rank 1: ended from outside by SIGKILL (out of memory?) (logs/rank-1.log); going on from checkpoint step-2"
+        " (failure 1, 2 in a row are allowed)"
+    ]
+    # What was recorded is cut by the ranks, which load the checkpoint; here nobody did.
+    assert steps(run_dir) == 2 + 3 + 4
+
+
+def test_a_crash_loop_ends_and_says_where(make_run):
+    run_dir = make_run({"0": [["train", 3, 0.02], ["sleep", 0.3], ["kill", 9]]}, num_ranks=1, recover="auto")
+    assert supervise(run_dir, **MODULES) == 1
+    status = records.read_status(run_dir)
+    assert (status["state"], status["attempt"]) == ("failed", 3)
+    assert status["message"].endswith("; given up after 3 failures in a row at step 3")
+
+
+def test_a_new_step_begins_the_count_anew(make_run):
+    def attempt(number):
+        return [["train", number, 0.02], ["checkpoint", number], ["sleep", 0.3], ["kill", 9]]
+
+    run_dir = make_run(
+        {"0": [["attempts", *(attempt(number) for number in (1, 2, 3, 4)), []]]}, num_ranks=1, recover="auto"
+    )
+    assert supervise(run_dir, **MODULES) == 0
+    assert records.read_status(run_dir)["attempt"] == 5
+
+
+def test_a_users_mistake_is_not_tried_again(make_run):
+    run_dir = make_run({"0": [["raise", "DataError", "bad"]]}, num_ranks=1, recover="auto")
+    assert supervise(run_dir, **MODULES) == 2
+    assert records.read_status(run_dir)["attempt"] == 1
+
+
+TRAINING = ["progress", {"phase": "training", "done": 4, "total": 9}]
+
+
+def test_a_rank_that_hangs_is_named_with_its_stack(make_run):
+    run_dir = make_run({"0": [TRAINING, ["wait"]], "1": [["hang"]]}, timeout_s=1.0)
+    assert supervise(run_dir, **MODULES) == 1
+    message = records.read_status(run_dir)["message"]
+    assert message.startswith("rank 1: hangs in hang (fake_run.py:")
+    assert "nothing moved for 1 s in phase 'training'" in message
+    assert "in hang" in (run_dir / "logs" / "rank-1.log").read_text()
+    assert living(run_dir) == []
+
+
+def test_a_rank_that_was_stopped_is_named(make_run):
+    run_dir = make_run({"0": [["kill", 19]], "1": [TRAINING, ["wait"]]}, timeout_s=1.0)
+    assert supervise(run_dir, **MODULES) == 1
+    message = records.read_status(run_dir)["message"]
+    assert message.startswith("rank 0: does not answer (stopped, or stuck in the system)")
+    assert living(run_dir) == []
+
+
+def test_slow_phases_without_steps_are_not_taken_for_hangs(make_run):
+    run_dir = make_run([["progress", {"phase": "load model"}], ["sleep", 2.0]], timeout_s=0.5, num_samples=0)
+    assert supervise(run_dir, **MODULES) == 0

@@ -179,7 +179,7 @@ def test_stopped_ranks_are_no_failure(tmp_path):
     assert rank_failure(tmp_path, [-15, 1], stopping=True) is None
     assert rank_failure(tmp_path, [None, 1], stopping=True) is None
     # but a rank that fails while it saves has not saved
-    records.write_rank_error(tmp_path, 0, OSError("disk full"), row=None)
+    records.write_rank_error(tmp_path, 0, OSError("disk full"))
     assert (
         rank_failure(tmp_path, [1, 3], stopping=True).message
         == "rank 0: OSError: disk full (logs/rank-0.log)"
@@ -187,10 +187,16 @@ def test_stopped_ranks_are_no_failure(tmp_path):
 
 
 def test_a_failure_names_the_row(tmp_path):
-    records.write_rank_error(tmp_path, 1, FloatingPointError("loss is nan"), row=17)
+    error = FloatingPointError("loss is nan")
+    error.data_rows = (17,)
+    records.write_rank_error(tmp_path, 1, error)
     told = rank_failure(tmp_path, [None, 1], stopping=False)
     assert told.message == "rank 1: FloatingPointError: loss is nan, data row 17 (logs/rank-1.log)"
     assert told.mistake is False
+    error.data_rows = tuple(range(10))
+    records.write_rank_error(tmp_path, 1, error)
+    told = rank_failure(tmp_path, [None, 1], stopping=False)
+    assert ", data rows 0, 1, 2, 3, 4, 5, 6, 7 and 2 more (" in told.message
 
 
 def test_a_child_without_words_is_told_by_its_end(tmp_path):

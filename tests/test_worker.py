@@ -19,6 +19,7 @@ import torch
 from dpo_kit import (
     builtin,
     cli,
+    commit,
     engine,
     launch,
     metrics,
@@ -285,6 +286,7 @@ def test_a_stop_in_mid_training_saves(tmp_path, monkeypatch, capsys):
     assert (status["state"], status["total_steps"]) == ("stopped", 5 * 9999)
     (export,) = (run_dir / "exports").iterdir()
     assert export.name == f"step-{records.read_metrics(run_dir)[-1]['step']}" == f"step-{status['step']}"
+    assert commit.newest(run_dir / "checkpoints") == (status["step"], [])
     assert "dpo/one: stopped" in capsys.readouterr().out
 
 
@@ -308,6 +310,15 @@ def test_a_stop_during_an_evaluation_saves_too(ranks, tmp_path):
     assert ranks.run(stop_at_evaluation, str(run_dir)) == ["stopped", "stopped"]
     assert [path.name for path in (run_dir / "exports").iterdir()] == ["step-2"]
     assert [path.name for path in (run_dir / "evaluations").iterdir()] == ["step-0.jsonl"]
+    assert read_json(run_dir / "checkpoints" / "step-2" / "state.json")["owes_evaluation"] is True
+    # What goes on from there makes up for it, and ends with nothing but its model.
+    ranks.run(train_folder, str(run_dir))
+    numbers = [int(path.stem.removeprefix("step-")) for path in (run_dir / "evaluations").iterdir()]
+    assert sorted(numbers) == list(range(0, 21, 2))
+    lines = records.read_metrics(run_dir)
+    assert [line["step"] for line in lines if "dpo/loss" in line] == list(range(1, 21))
+    assert [line["step"] for line in lines if "dpo-eval/loss" in line] == list(range(0, 21, 2))
+    assert list((run_dir / "checkpoints").iterdir()) == []
 
 
 def stop_at_evaluation(run_dir):
@@ -425,7 +436,7 @@ def test_the_budget_and_its_halving_are_on_record(halved):
     assert config.actor.mb_spec.max_tokens_per_mb == "auto"
     log = (halved["short"] / "logs" / "rank-1.log").read_text()
     assert "Tried to run" in log
-    assert "--- after halving 1" in log
+    assert "--- attempt 2" in log
 
 
 def test_the_command_repeats_the_run_with_the_halved_budget(halved):

@@ -39,6 +39,8 @@ class ClusterConfig:
     n_gpus_per_node: int | str = rule("auto", ge=0, words=("auto",), why="0 means CPU ranks")
     fileroot: str = "runs"  # absolute after loading
     grace_s: float = rule(60.0, gt=0)  # ours: from the request to stop until ranks are killed
+    # Ours: a micro-batch group, a step or an evaluation's part takes no longer; a rank that hangs is then named.
+    step_timeout_s: float = rule(1800.0, gt=0)
 
 
 @dataclass
@@ -116,6 +118,8 @@ class DatasetConfig:
     num_rows: int | None = rule(None, ge=1)  # ours: the first rows only
     drop_last: bool = False
     max_dropped_share: float = rule(1.0, ge=0, le=1)  # ours
+    # Ours: unusable rows are an error, or dropped and each named in the build report.
+    bad_rows: str = rule("strict", choices=("strict", "quarantine"))
 
 
 @dataclass
@@ -130,6 +134,7 @@ class ValidDatasetConfig:
     num_rows: int | None = rule(None, ge=1)
     drop_last: bool = False
     max_dropped_share: float = rule(1.0, ge=0, le=1)
+    bad_rows: str = rule("${train_dataset.bad_rows}", choices=("strict", "quarantine"))
     from_train: float | None = rule(None, gt=0, lt=1)  # ours: this share of the training prompts
 
 
@@ -156,6 +161,11 @@ class RecoverConfig:
     freq_epochs: int | None = rule(None, ge=1)
     freq_steps: int | None = rule(None, ge=1)
     freq_secs: float | None = rule(None, gt=0)
+    # Ours: verified checkpoints that stay; a run that ends done keeps none unless `all`.
+    keep: int | str = rule(2, ge=1, words=("all",))
+    retries: int = rule(
+        3, ge=0
+    )  # ours: with mode auto, failures in a row without a new step before giving up
 
 
 @dataclass
@@ -217,7 +227,7 @@ FOREIGN: dict[str, frozenset[str]] = {
     "train_dataset": frozenset({"pin_memory", "num_workers"}),
     "valid_dataset": frozenset({"pin_memory", "num_workers"}),
     "saver": _RUN_KEYS | {"mode"},
-    "recover": _RUN_KEYS | {"retries"},
+    "recover": _RUN_KEYS,
     "evaluator": _RUN_KEYS,
     "stats_logger": _RUN_KEYS | {"wandb"},
 }

@@ -1,0 +1,217 @@
+"""What a run needs to go on as if nothing had happened: written by all ranks together, verified, loaded again.
+
+    checkpoints/step-8/
+        __0_0.distcp ... .metadata   master weights and optimizer states (torch.distributed.checkpoint)
+        rank-0.safetensors ...       each rank's random number generators
+        state.json                   the step, what follows from it, and the identity of data, weights, reference
+        COMMIT.json                  size and sha256 of all of these (commit)
+
+The step alone gives the scheduler and the sampler (`schedule`) and the length of `metrics.jsonl`. A checkpoint may be
+loaded by another number of ranks: each takes its rows of every tensor; the generators then start anew, which only
+dropout and bfloat16 optimizer states can notice. `.metadata` is a pickle: it is read from the run's own folder
+only, and only after its hash was found in `COMMIT.json`.
+
+Not here: when a checkpoint is due (`recorder`), which ones stay (`commit`, `worker`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
+
+from dpo_kit import commit, room
+from dpo_kit.errors import UserError
+from dpo_kit.files import atomic_write, read_json, to_json
+from dpo_kit.parallel import World, masters, publish
+
+STATE = "state.json"
+
+
+def save(
+    folder: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, world: World, facts: dict[str, Any]
+) -> None:
+    """Writes a checkpoint; a collective. Afterwards it is whole, or there is none and every rank raises.
+
+    Args:
+        folder: `checkpoints/step-N`.
+        facts: JSON values that `load` gives back; `num_ranks` is added.
+
+    Raises:
+        UserError: it cannot be written; the message names the folder and what is free there.
+    """
+    names = [""]
+
+    def begin() -> None:
+        if world.is_main:
+            names[0] = str(commit.stage(folder))
+
+    def write() -> None:
+        dcp.save(
+            _tensors(policy, optimizer), storage_writer=FileSystemWriter(names[0], single_file_per_rank=True)
+        )
+
+    def write_rank() -> None:
+        from safetensors.torch import save_file
+
+        path = Path(names[0]) / f"rank-{world.rank}.safetensors"
+        save_file(_generators(world.device), path)
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+        if world.is_main:
+            atomic_write(Path(names[0]) / STATE, to_json({**facts, "num_ranks": world.size}, indent=1))
+
+    def seal() -> None:
+        # Reading for the hashes is shared: every rank its part of the files.
+        staged = Path(names[0])
+        mine = commit.hashes(staged, commit.file_names(staged)[world.rank :: world.size])
+        found = gathered(world, mine)
+        if world.is_main:
+            commit.seal(staged, folder, {name: mark for part in found for name, mark in part.items()})
+
+    try:
+        _together(world, begin)
+        if world.size > 1:
+            dist.broadcast_object_list(names, 0)
+        for act in (write, write_rank, seal):
+            _together(world, act)
+    except _Failed as failed:
+        if world.is_main:
+            commit.sweep(folder.parent)
+        raise UserError(_why_not_saved(folder, str(failed), policy, optimizer)) from None
+
+
+def load(folder: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> dict[str, Any]:
+    """Puts a verified checkpoint into a model and its new optimizer; a collective.
+
+    Args:
+        folder: `checkpoints/step-N`, which `newest` has verified.
+
+    Returns:
+        The `facts` of `save`, with `num_ranks`.
+    """
+    facts = read_json(folder / STATE)
+    reader = FileSystemReader(str(folder))
+    known = reader.read_metadata().state_dict_metadata
+    dcp.load(_tensors(policy, optimizer, make=known), storage_reader=reader)
+    publish(policy)
+    if facts["num_ranks"] == world.size:
+        _set_generators(folder / f"rank-{world.rank}.safetensors", world.device)
+    return facts
+
+
+def newest(checkpoints: Path, world: World) -> int | None:
+    """The latest whole checkpoint's step, the same on every rank; a collective. Rank 0 tells of damaged ones.
+
+    Every rank reads its part of the files.
+    """
+
+    def damage(folder: Path) -> str:
+        problems = gathered(world, commit.damage(folder, world.rank, world.size))
+        return next((problem for problem in problems if problem), "")
+
+    step, told = commit.newest(checkpoints, damage)
+    if world.is_main and told:
+        for line in told:
+            print(line, flush=True)
+        print(f"falling back to {f'step-{step}' if step is not None else 'the start of the run'}", flush=True)
+    return step
+
+
+def needed_bytes(policy: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of a checkpoint of all ranks."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(policy, optimizer).values())
+
+
+# --- tensors ----------------------------------------------------------------------------------------------------
+
+
+def _tensors(
+    policy: nn.Module, optimizer: torch.optim.Optimizer, make: dict[str, Any] | None = None
+) -> dict[str, Tensor]:
+    """Master weights and optimizer states by name; they share their memory with what they are the state of.
+
+    Args:
+        make: names of a checkpoint: the states in it are made where the optimizer has none yet.
+    """
+    found: dict[str, Tensor] = {}
+    for name, param in masters(policy).items():
+        found[f"model.{name}"] = param.detach()
+        if make is not None and f"optimizer.{name}.step" in make:
+            _make_state(optimizer, param, make[f"optimizer.{name}.exp_avg"].properties.dtype)
+        for key, value in optimizer.state.get(param, {}).items():
+            found[f"optimizer.{name}.{key}"] = value
+    return found
+
+
+def _make_state(optimizer: torch.optim.Optimizer, param: nn.Parameter, dtype: torch.dtype) -> None:
+    """AdamW's states of a weight, as its first step would make them."""
+    state = optimizer.state[param]
+    state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+    for key in ("exp_avg", "exp_avg_sq"):
+        state[key] = torch.zeros_like(param.detach(), dtype=dtype)
+
+
+def _generators(device: torch.device) -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def _set_generators(file: Path, device: torch.device) -> None:
+    from safetensors.torch import load_file
+
+    states = load_file(file)
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+# --- ranks that fail together --------------------------------------------------------------------------------------
+
+
+class _Failed(Exception):
+    """A rank could not write; every rank raises it, with the words of the first that failed."""
+
+
+def _together(world: World, act: Callable[[], None]) -> None:
+    """Runs `act` on every rank; raises on all of them when one of them could not."""
+    problem = ""
+    try:
+        act()
+    except CheckpointException as error:  # raised on every rank, with what each of them said
+        problem = next((str(cause) for cause, _ in error.failures.values()), str(error))
+    except (OSError, RuntimeError) as error:
+        problem = str(error)
+    problems = gathered(world, problem)
+    if any(problems):
+        rank = next(rank for rank, text in enumerate(problems) if text)
+        raise _Failed(f"rank {rank}: {' '.join(problems[rank].split())[:200]}")
+
+
+def gathered(world: World, value: Any) -> list[Any]:
+    """A JSON-like value of every rank, by rank; a collective."""
+    found = [value] * world.size
+    if world.size > 1:
+        dist.all_gather_object(found, value)
+    return found
+
+
+def _why_not_saved(folder: Path, cause: str, policy: nn.Module, optimizer: torch.optim.Optimizer) -> str:
+    needed, free = needed_bytes(policy, optimizer), room.free_disk(folder.parent)
+    left = commit.steps(folder.parent)
+    before = f"step-{left[-1]} stands" if left else "there is no earlier one"
+    advice = "free space (dpo-kit runs prune) or use recover.keep=1" if free < needed else "mend that"
+    return (
+        f"checkpoint {folder} was not written ({cause}): it needs {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB"
+        f" are free in {folder.parent}; {before}. {advice[0].upper()}{advice[1:]}, then resume the run"
+    )

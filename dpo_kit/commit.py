@@ -1,0 +1,202 @@
+"""Folders that are whole or not there: written beside, hashed, renamed; verified before anything reads them. No torch.
+
+    checkpoints/.tmp-step-8-4711/      being written by process 4711
+    checkpoints/step-8/                whole: COMMIT.json names every other file with its size and sha256,
+                                       and its last line is the sha256 of the lines before
+    checkpoints/.trash-step-4-4711/    being removed
+
+A rename makes a checkpoint and a rename unmakes it, so that a process killed at any moment leaves either. Flipped
+bits, cut and missing files are found by hash; a reader then takes the checkpoint before. Not here: what is in a
+checkpoint (`checkpoint`), when one is due (`recorder`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+COMMIT = "COMMIT.json"
+_STEP = re.compile(r"step-(\d+)")
+
+
+# --- writing ----------------------------------------------------------------------------------------------------
+
+
+def stage(folder: Path) -> Path:
+    """An empty folder beside `folder` to write into; what killed writers left there is removed."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    sweep(folder.parent)
+    made = folder.parent / f".tmp-{folder.name}-{os.getpid()}"
+    made.mkdir()
+    return made
+
+
+def seal(staged: Path, folder: Path, files: dict[str, dict[str, Any]]) -> None:
+    """Turns a staged folder into `folder`, which a damaged one of that name makes room for.
+
+    Args:
+        staged: from `stage`, everything written and flushed.
+        folder: its name from now on.
+        files: size and sha256 of each of its files, from `hashes`.
+    """
+    text = json.dumps({"files": files}, indent=1, sort_keys=True) + "\n"
+    with open(staged / COMMIT, "w", encoding="utf-8") as file:
+        file.write(_commit_text(text).decode())
+        file.flush()
+        os.fsync(file.fileno())
+    for inner in {staged, *(path.parent for path in staged.rglob("*"))}:
+        sync_folder(inner)
+    if folder.exists():
+        folder.rename(_trash(folder))
+    staged.rename(folder)
+    sync_folder(folder.parent)
+    sweep(folder.parent)
+
+
+def _commit_text(text: str) -> bytes:
+    return (text + hashlib.sha256(text.encode()).hexdigest() + "\n").encode()
+
+
+def hashes(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Size and sha256 of some files of a folder, read from the disk."""
+    found = {}
+    for name in names:
+        with open(folder / name, "rb") as file:
+            found[name] = {
+                "size": os.fstat(file.fileno()).st_size,
+                "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+            }
+    return found
+
+
+def file_names(folder: Path) -> list[str]:
+    """Every file below a folder but `COMMIT.json`, as relative names in order."""
+    return sorted(
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if not path.is_dir() and path != folder / COMMIT
+    )
+
+
+def sync_folder(folder: Path) -> None:
+    """Flushes a folder's own entries, so that renames in it survive a loss of power."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# --- reading ----------------------------------------------------------------------------------------------------
+
+
+def committed(folder: Path) -> tuple[dict[str, dict[str, Any]], str]:
+    """What `COMMIT.json` says of the files, and what is wrong with it or with their sizes; quick."""
+    try:
+        text, _, _ = (folder / COMMIT).read_text("utf-8").removesuffix("\n").rpartition("\n")
+        if (folder / COMMIT).read_bytes() != _commit_text(text + "\n"):
+            return {}, f"{COMMIT} does not match its last line"
+        files = json.loads(text)["files"]
+    except (OSError, ValueError, KeyError, UnicodeDecodeError) as error:
+        return {}, f"{COMMIT} cannot be read ({type(error).__name__})"
+    for name, mark in files.items():
+        path = folder / name
+        if not path.is_file():
+            return files, f"{name} is missing"
+        if path.stat().st_size != mark["size"]:
+            return files, f"{name} has {path.stat().st_size} bytes instead of {mark['size']}"
+    extra = [name for name in file_names(folder) if name not in files]
+    return files, f"{extra[0]} was added" if extra else ""
+
+
+def damage(folder: Path, part: int = 0, parts: int = 1) -> str:
+    """What is wrong with a checkpoint, in words; empty when every byte is as it was written.
+
+    Args:
+        folder: `checkpoints/step-N`.
+        part: ranks share the reading: this one's files, of `parts`.
+    """
+    files, problem = committed(folder)
+    if problem:
+        return problem
+    for name in sorted(files)[part::parts]:
+        try:
+            if hashes(folder, [name])[name]["sha256"] != files[name]["sha256"]:
+                return f"{name} has other bytes than were written"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+    return ""
+
+
+def steps(checkpoints: Path) -> list[int]:
+    """Steps of the checkpoints in a folder, in order; not verified."""
+    if not checkpoints.is_dir():
+        return []
+    found = [_STEP.fullmatch(path.name) for path in checkpoints.iterdir() if path.is_dir()]
+    return sorted(int(match[1]) for match in found if match)
+
+
+def newest(checkpoints: Path, damage: Callable[[Path], str] = damage) -> tuple[int | None, list[str]]:
+    """The latest step whose checkpoint is whole, and a line on each damaged one that was passed over."""
+    told: list[str] = []
+    for step in reversed(steps(checkpoints)):
+        problem = damage(checkpoints / f"step-{step}")
+        if not problem:
+            return step, told
+        told.append(f"checkpoint step-{step} is damaged: {problem}")
+    return None, told
+
+
+# --- removing ---------------------------------------------------------------------------------------------------
+
+
+def retain(checkpoints: Path, keep: int) -> list[int]:
+    """Removes all but the newest `keep` checkpoints that look whole; the steps removed. Idempotent.
+
+    The newest whole one always stays. A damaged one is no reason to remove a whole one: it does not count, and goes
+    when as many whole ones are newer.
+    """
+    removed, whole = [], 0
+    for step in reversed(steps(checkpoints)):
+        folder = checkpoints / f"step-{step}"
+        if whole >= max(1, keep):
+            discard(folder)
+            removed.append(step)
+        elif not committed(folder)[1]:
+            whole += 1
+    return removed
+
+
+def discard(folder: Path) -> None:
+    """Removes a checkpoint: first its name, so that nobody finds half of one."""
+    trash = _trash(folder)
+    folder.rename(trash)
+    shutil.rmtree(trash, ignore_errors=True)
+
+
+def sweep(checkpoints: Path) -> None:
+    """Removes what killed writers left. Only the process that owns the run may call it."""
+    for path in [*checkpoints.glob(".tmp-*"), *checkpoints.glob(".trash-*")]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all files below a folder."""
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):
+            total += path.lstat().st_size if not path.is_dir() else 0
+    return total
+
+
+def _trash(folder: Path) -> Path:
+    free = folder.parent / f".trash-{folder.name}-{os.getpid()}"
+    shutil.rmtree(free, ignore_errors=True)
+    return free

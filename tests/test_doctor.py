@@ -1,0 +1,170 @@
+"""Planted defects, each named in a line of its own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dpo_kit import config as config_module
+from dpo_kit import doctor, room, worker
+from tests.toy_tokenizers import CHATML, save_tokenizer
+
+SMOKE = Path(__file__).parents[1] / "params" / "smoke.yaml"
+
+
+def examined(tmp_path, *overrides):
+    """Findings of the smoke config with overrides, by name; a name's worst line counts."""
+    config = config_module.load(
+        SMOKE, [f"cluster.fileroot={tmp_path / 'runs'}", "cluster.n_gpus_per_node=0", *overrides]
+    )
+    found = {}
+    for finding in doctor.examine(config, lambda _: None):
+        if finding.name not in found or finding.level != "ok":
+            found[finding.name] = finding
+    assert not (tmp_path / "runs").exists()  # nothing is left behind
+    return found
+
+
+def rows_file(path: Path, rows) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def pairs(chosen="yes, number {i}", rejected="no", count=12):
+    start = "\n\nHuman: question {i}\n\nAssistant: "
+    return [
+        {"chosen": (start + chosen).format(i=i), "rejected": (start + rejected).format(i=i)}
+        for i in range(count)
+    ]
+
+
+def test_a_run_that_is_fine(tmp_path):
+    found = examined(tmp_path)
+    assert {finding.level for finding in found.values()} == {"ok"}, "\n".join(map(str, found.values()))
+    assert found["first loss"].text == "the first loss is 0.693147, expected 0.693147"
+    assert "[" in found["scored"].text
+    assert "rejected" in found["scored"].text
+
+
+@pytest.mark.parametrize("loss_type", ["ipo", "hinge"])
+def test_other_losses_begin_where_they_should(tmp_path, loss_type):
+    assert examined(tmp_path, f"actor.loss_type={loss_type}")["first loss"].level == "ok"
+
+
+def test_a_learning_rate_of_zero(tmp_path):
+    found = examined(tmp_path, "actor.optimizer.lr=0")
+    assert "actor.optimizer.lr = 0: no weight will change" in found["settings"].text
+    assert found["one step"].text == "no weight changed (the learning rate is 0)"
+
+
+def test_frozen_weights(tmp_path, monkeypatch):
+    load = worker.load_policy
+
+    def frozen(*arguments):
+        policy = load(*arguments)
+        for name, param in policy.named_parameters():
+            param.requires_grad_("norm" in name)
+        return policy
+
+    monkeypatch.setattr(worker, "load_policy", frozen)
+    found = examined(tmp_path)
+    assert found["one step"].level == "bad"
+    assert "weights changed (frozen: lm.model.embed_tokens.weight" in found["one step"].text
+
+
+def test_dropout(tmp_path, model_cache):
+    from dpo_kit import builtin
+
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in Path(builtin.ensure("tiny-random")).iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.5}))
+    found = examined(tmp_path, f"actor.path={folder}", "actor.disable_dropout=false")
+    assert found["settings"].level == "look"
+    assert "attention_dropout = 0.5" in found["settings"].text
+
+
+def test_too_many_ranks(tmp_path):
+    found = examined(
+        tmp_path, "cluster.n_gpus_per_node=auto", "actor.backend=fsdp:d64", "train_dataset.batch_size=64"
+    )
+    assert "needs 64 ranks" in found["devices"].text
+    assert found["overfit"].level == "ok"  # the rest is tried all the same
+
+
+def test_too_small_a_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(room, "free_disk", lambda _: 1 << 10)
+    found = examined(tmp_path)
+    assert found["disk"].level == "bad"
+    assert "GiB are free" in found["disk"].text
+
+
+def test_a_reference_with_another_tokenizer(tmp_path):
+    from dpo_kit import builtin
+
+    folder = tmp_path / "ref"
+    folder.mkdir()
+    for file in Path(builtin.ensure("tiny-random")).iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    made = json.loads((folder / "tokenizer.json").read_text())
+    first, second = list(made["model"]["vocab"])[:2]
+    vocab = made["model"]["vocab"]
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+    (folder / "tokenizer.json").write_text(json.dumps(made))
+    found = examined(tmp_path, f"ref.path={folder}")
+    assert "has another tokenizer" in found["models"].text
+    assert found["training"].level == "look"
+
+
+def test_another_chat_template_than_the_policys(tmp_path):
+    row = {
+        "chosen": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}],
+        "rejected": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "go"}],
+    }
+    data = rows_file(tmp_path / "chat.jsonl", [row])
+    tokenizer = save_tokenizer(tmp_path / "tokenizer", bos="<s>", template=CHATML)
+    found = examined(
+        tmp_path, f"train_dataset.path={data}", f"tokenizer_path={tokenizer}", "valid_dataset=null"
+    )
+    named = " ".join(finding.text for finding in found.values() if finding.level == "bad")
+    assert "chat template" in named or "tokenizer" in named
+
+
+def test_responses_that_end_twice(tmp_path):
+    from dpo_kit import builtin
+
+    end = builtin.load_tokenizer(builtin.ensure("tiny-random")).eos_token
+    data = rows_file(tmp_path / "pairs.jsonl", pairs(chosen="yes, number {i}" + end))
+    found = examined(tmp_path, f"train_dataset.path={data}", "valid_dataset=null")
+    assert found["text"].level == "bad"
+    assert found["text"].text.startswith("12 of 24 responses end twice")
+
+
+def test_empty_responses(tmp_path):
+    data = rows_file(tmp_path / "pairs.jsonl", pairs(rejected=""))
+    found = examined(tmp_path, f"train_dataset.path={data}", "valid_dataset=null")
+    assert "12 of 12 pairs have an empty response" in found["data"].text
+
+
+def test_rows_that_cannot_be_used(tmp_path):
+    data = rows_file(tmp_path / "pairs.jsonl", [*pairs(), {"chosen": None, "rejected": "x"}, {"chosen": "x"}])
+    found = examined(tmp_path, f"train_dataset.path={data}", "valid_dataset=null")
+    assert "2 of 14 rows are dropped (2 unusable); line 13: column 'chosen' is null" in found["data"].text
+
+
+def test_swapped_columns_show_in_what_the_reference_prefers():
+    class State:
+        ref_train = torch.tensor([[-2.0, -1.0]] * 36 + [[-1.0, -2.0]] * 20, dtype=torch.float64)
+
+    ((level, text),) = list(doctor._preference(State()))
+    assert level == "look"
+    assert "likelier in 36 of 56 pairs" in text
+    assert "swapped?" in text
+    State.ref_train = State.ref_train.flip(1)
+    assert list(doctor._preference(State())) == []
+    assert doctor.at_most(2, 4) == pytest.approx(11 / 16)
