@@ -10,7 +10,9 @@ The checks use the config's own models and its first rows, and leave nothing beh
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import math
 import tempfile
 import warnings
@@ -250,7 +252,10 @@ def _training(config: Config, store: PairStore, report: _Report) -> None:
             torch.manual_seed(config.seed)
             policy = worker.load_policy(config, world, store, None)
             state = engine.Engine(config, world, policy, train=store, valid=None)
-            worker.prepare_reference(state, Path(config.cluster.fileroot), np.arange(len(store)))
+            with contextlib.redirect_stdout(
+                io.StringIO()
+            ):  # what a run says of its cache is nobody's concern here
+                worker.prepare_reference(state, Path(config.cluster.fileroot), np.arange(len(store)))
             report.problems(
                 "preference", "the reference does not prefer the rejected answers", _preference(state)
             )
