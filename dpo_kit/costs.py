@@ -14,9 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 # Elements of one [tokens, vocabulary] chunk of the log-prob head: 32 Mi are 128 MiB in fp32; fewer rows a chunk make
 # thin, slow matmuls. A GPU wants 4k tokens and more (performance figures of the field, not measured here).
@@ -78,6 +79,8 @@ class Shape:
 
     def work(self, lengths: np.ndarray, share: bool) -> np.ndarray:
         """`pair_flops` of each row of lengths, by which ranks are balanced. Shapes: (P, 3) -> (P,)"""
+        import numpy as np  # listing runs does without
+
         return np.array([self.pair_flops(pair, share) for pair in lengths.tolist()])
 
     def attention_flops(self, queries: int, earlier: int) -> float:
