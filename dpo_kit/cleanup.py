@@ -15,6 +15,7 @@ from dpo_kit import commit, locks
 from dpo_kit.display import plain_table
 from dpo_kit.errors import UserError
 from dpo_kit.files import read_json
+from dpo_kit.room import size_of, size_text
 from dpo_kit.runs import Run
 
 
@@ -38,7 +39,7 @@ def spare_checkpoints(runs: list[Run], keep: int) -> list[Item]:
         for step in reversed(run.checkpoints()):
             folder = run.dir / "checkpoints" / f"step-{step}"
             if whole >= keep:
-                found.append(Item(folder, f"{run.name} step-{step}", commit.size_of(folder)))
+                found.append(Item(folder, f"{run.name} step-{step}", size_of(folder)))
             elif not commit.damage(folder):
                 whole += 1
     return found
@@ -54,7 +55,7 @@ def cache_items(fileroot: Path) -> list[Item]:
             meta = read_json(folder / "meta.json", {}) if kind == "pairs" else {}
             source = ((meta or {}).get("source") or {}).get("path", "")
             used = time.strftime("%Y-%m-%d %H:%M", time.localtime(folder.stat().st_mtime))
-            found.append(Item(folder, f"{kind}/{folder.name}", commit.size_of(folder), f"{used}  {source}"))
+            found.append(Item(folder, f"{kind}/{folder.name}", size_of(folder), f"{used}  {source}"))
     return found
 
 
@@ -94,8 +95,3 @@ def table(items: list[Item]) -> str:
     rows = [[item.name, size_text(item.size), item.about] for item in items]
     rows.append(["together", size_text(sum(item.size for item in items)), ""])
     return plain_table(["", "size", ""], rows)
-
-
-def size_text(size: int) -> str:
-    """Bytes in words."""
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

@@ -13,7 +13,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -120,11 +120,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _group(
+    commands: Any, name: str, text: str, verbs: Sequence[tuple[str, Any, str]]
+) -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    """A command with verbs, each (name, what runs, about); yields every verb's parser for its own options."""
+    group = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+    made = group.add_subparsers(required=True, metavar="VERB")
+    for word, run, about in verbs:
+        verb = made.add_parser(word, help=about, description=about, allow_abbrev=False)
+        verb.set_defaults(run=run)
+        verb.add_argument("--fileroot", metavar="DIR", help="where the runs are (default: runs/)")
+        yield word, verb
+
+
 def _add_runs(commands: Any) -> None:
     text = "list, show, stop, resume, fork, prune or remove runs"
-    group = commands.add_parser("runs", help=text, description=text, allow_abbrev=False)
-    verbs = group.add_subparsers(required=True, metavar="VERB")
-    for name, run, about in (
+    verbs = (
         ("list", _runs_list, "every run below the fileroot, newest first"),
         ("show", _runs_show, "state, figures and places of one run"),
         ("stop", _runs_stop, "end a run with its state saved"),
@@ -132,10 +143,8 @@ def _add_runs(commands: Any) -> None:
         ("fork", _runs_fork, "a new run from a checkpoint of another, e.g. --step 40 actor.beta=0.3"),
         ("prune", _runs_prune, "remove checkpoints of ended runs"),
         ("rm", _runs_rm, "remove a run's folder"),
-    ):
-        verb = verbs.add_parser(name, help=about, description=about, allow_abbrev=False)
-        verb.set_defaults(run=run)
-        verb.add_argument("--fileroot", metavar="DIR", help="where the runs are (default: runs/)")
+    )
+    for name, verb in _group(commands, "runs", text, verbs):
         if name != "list":
             nargs = "?" if name == "prune" else None
             verb.add_argument(
@@ -154,15 +163,11 @@ def _add_runs(commands: Any) -> None:
 
 def _add_cache(commands: Any) -> None:
     text = "list or remove the pair stores and reference caches that runs share"
-    group = commands.add_parser("cache", help=text, description=text, allow_abbrev=False)
-    verbs = group.add_subparsers(required=True, metavar="VERB")
-    for name, run, about in (
+    verbs = (
         ("list", _cache_list, "what is there, with sizes, oldest first"),
         ("rm", _cache_rm, "remove some, or all; they are made again when a run needs them"),
-    ):
-        verb = verbs.add_parser(name, help=about, description=about, allow_abbrev=False)
-        verb.set_defaults(run=run)
-        verb.add_argument("--fileroot", metavar="DIR", help="where the runs are (default: runs/)")
+    )
+    for name, verb in _group(commands, "cache", text, verbs):
         if name == "rm":
             verb.add_argument("names", nargs="*", metavar="NAME", help="from `cache list`; all when left out")
             verb.add_argument("--yes", action="store_true", help="do not ask")

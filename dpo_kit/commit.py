@@ -12,7 +12,6 @@ checkpoint (`checkpoint`), when one is due (`recorder`).
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -185,15 +184,6 @@ def sweep(checkpoints: Path) -> None:
     """Removes what killed writers left. Only the process that owns the run may call it."""
     for path in [*checkpoints.glob(".tmp-*"), *checkpoints.glob(".trash-*")]:
         shutil.rmtree(path, ignore_errors=True)
-
-
-def size_of(folder: Path) -> int:
-    """Bytes of all files below a folder."""
-    total = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):
-            total += path.lstat().st_size if not path.is_dir() else 0
-    return total
 
 
 def _trash(folder: Path) -> Path:

@@ -366,13 +366,13 @@ def train(
             except Stopped:
                 stopping = True
         if stopping:
-            hooks.checkpoint(optimizer, step, owes)
+            hooks.checkpoint(step, owes)
             hooks.save(step)
             raise Stopped
         if not last and hooks.due("saver", step, per_epoch):
             hooks.save(step)
         if hooks.due("recover", step, per_epoch):
-            hooks.checkpoint(optimizer, step, False)
+            hooks.checkpoint(step, False)
     return total
 
 
@@ -384,7 +384,7 @@ class Hooks:
     evaluated: Callable[[int, dict[str, Any], list[dict[str, Any]]], None]
     due: Callable[[str, int, int], bool]
     save: Callable[[int], None]
-    checkpoint: Callable[[torch.optim.Optimizer, int, bool], None] = field(default=lambda *_: None)
+    checkpoint: Callable[[int, bool], None] = field(default=lambda *_: None)
 
 
 def check_finite(record: dict[str, Any], data_rows: Sequence[int] = ()) -> None:

@@ -134,10 +134,10 @@ def _tokens(
         return {"pairs": None, "largest_micro_batch": bound, "bound": bound}
     num_steps = schedule.num_steps(config, len(store))
     planned = _planned(config, len(store), num_steps)
-    costs = {share: pair_costs(store.all_lengths(), share) for share in (True, False)}
-    run = costs[config.actor.share_prompt]
-    share = config.actor.share_prompt
-    work = shape.work(store.all_lengths(), share) if num_ranks > 1 else None
+    lengths, shares = store.all_lengths(), config.actor.share_prompt
+    costs = {share: pair_costs(lengths, share) for share in (True, False)}
+    run = costs[shares]
+    work = shape.work(lengths, shares) if num_ranks > 1 else None
     largest, _ = budget.largest_micro_batch(config, run, num_ranks, bound, work)
     per_rank, num_micro_batches = [], []
     for rows in planned:

@@ -54,7 +54,7 @@ class Keeper:
             print(f"resumed from checkpoint step-{step}{other}", flush=True)
         return facts
 
-    def save(self, optimizer: torch.optim.Optimizer, step: int, owes_evaluation: bool = False) -> None:
+    def save(self, step: int, owes_evaluation: bool = False) -> None:
         """Writes the checkpoint of a step, and removes those that `recover.keep` leaves no room for."""
         if step == self.saved:
             return
@@ -65,7 +65,7 @@ class Keeper:
             "best": None if math.isinf(self.best) else self.best,
             "identity": self._identity(),
         }
-        checkpoint.save(self.folder / f"step-{step}", state.policy, optimizer, state.world, facts)
+        checkpoint.save(self.folder / f"step-{step}", state.policy, self.optimizer, state.world, facts)
         self.saved = step
         keep = state.config.recover.keep
         if keep != "all" and state.world.is_main:

@@ -1,10 +1,11 @@
-"""What is free on this machine: memory for a rank, disk below a folder. No torch, no CUDA context.
+"""What is free on this machine: memory for a rank, disk below a folder; what a folder takes. No torch, no CUDA context.
 
 Not here: what a run needs (`memory`, `estimate`), how many devices there are (`devices`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import shutil
@@ -53,6 +54,20 @@ def nearest_folder(folder: Path) -> Path:
     while not folder.is_dir() and folder != folder.parent:
         folder = folder.parent
     return folder
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all files below a folder; links are not followed, files that vanish meanwhile do not count."""
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):
+            total += path.lstat().st_size if path.is_file() and not path.is_symlink() else 0
+    return total
+
+
+def size_text(size: int) -> str:
+    """Bytes in words."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
 def free_device_bytes() -> int | None:

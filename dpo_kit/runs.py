@@ -25,6 +25,7 @@ from dpo_kit.config import Config
 from dpo_kit.display import plain_table, table
 from dpo_kit.errors import RunError, UserError
 from dpo_kit.files import atomic_write, read_json
+from dpo_kit.room import size_of, size_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -294,7 +295,7 @@ def show_text(run: Run) -> str:
     lines.append(f"  repeat   {manifest.repeat_command(run.dir)}")
     if status.get("state") not in ("done", "queued", "running"):
         lines.append(f"  continue {run.continue_command()}")
-    lines.append(f"  folder   {run.dir} ({_size_text(run.dir)})")
+    lines.append(f"  folder   {run.dir} ({size_text(size_of(run.dir))})")
     return "\n".join(lines)
 
 
@@ -309,7 +310,7 @@ def remove(run: Run, yes: bool = False) -> bool:
     """
     if run.is_live or locks.lock_owner(run.dir):
         raise UserError(f"{run.name} is {run.state}; stop it first: dpo-kit runs stop {run.dir}")
-    size = _size_text(run.dir)
+    size = size_text(size_of(run.dir))
     if not yes:
         print(f"{run.dir} ({size}) would be removed; add --yes to remove it", flush=True)
         return False
@@ -321,11 +322,6 @@ def remove(run: Run, yes: bool = False) -> bool:
 def _steps(status: dict[str, Any]) -> str:
     total = status.get("total_steps")
     return f"{status.get('step') or 0}" + (f" of {total}" if total else "")
-
-
-def _size_text(folder: Path) -> str:
-    size = sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
 # ---------------------------------------------------------------- supervisors

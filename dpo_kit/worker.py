@@ -124,7 +124,7 @@ def _run(run_dir: Path, config: Config, world: World, recorder: Recorder, should
         recorder.flush()
     recorder.progress("export")
     if config.recover.keep == "all":
-        keeper.save(optimizer, last)
+        keeper.save(last)
     save(run_dir / "model")
     keeper.finish()
 

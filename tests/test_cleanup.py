@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dpo_kit import cleanup, cli, commit, records, runs
+from dpo_kit import cleanup, cli, commit, records, room, runs
 from tests.test_commit import write
 
 
@@ -66,5 +66,5 @@ def test_caches_are_listed_and_removed_by_name(tmp_path, capsys):
 
 
 def test_sizes_are_told_in_words():
-    assert (cleanup.size_text(2**20), cleanup.size_text(3 * 2**30)) == ("1.0 MiB", "3.00 GiB")
+    assert (room.size_text(2**20), room.size_text(3 * 2**30)) == ("1.0 MiB", "3.00 GiB")
     assert commit.COMMIT == "COMMIT.json"

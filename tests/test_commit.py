@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_kit import commit
+from dpo_kit import commit, room
 
 NAMES = ("a.bin", "b.bin", ".metadata", "inner/c.bin")
 
@@ -149,6 +149,6 @@ def test_a_killed_writer_leaves_the_last_acknowledged_checkpoint(tmp_path):
 def test_sizes_count_every_file(tmp_path):
     target = write(tmp_path, 1)
     expected = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
-    assert commit.size_of(target) == expected
+    assert room.size_of(target) == expected
     shutil.rmtree(target)
-    assert commit.size_of(target) == 0
+    assert room.size_of(target) == 0
