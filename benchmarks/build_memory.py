@@ -43,12 +43,13 @@ def write(path: Path, size: int) -> int:
     rng, written, num_rows = random.Random(1), 0, 0
     with path.open("w", encoding="utf-8") as out:
         while written < size:
-            row = dict(base[num_rows % len(base)])
-            words = " ".join("".join(rng.choices("abcdefghij", k=6)) for _ in range(60))
+            row = base[num_rows % len(base)]
+            words = ["".join(rng.choices("abcdefghij", k=6)) for _ in range(120)]
+            question, _, answer = row["chosen"].rpartition("\n\nAssistant:")
+            ask, yes, no = " ".join(words[:40]), " ".join(words[40:80]), " ".join(words[80:])
             row = {
-                "prompt": f"{row['prompt']} {words}" if isinstance(row.get("prompt"), str) else words,
-                "chosen": f" {words} yes {num_rows}",
-                "rejected": f" {words[::-1]} no {num_rows}",
+                "chosen": f"{question} {ask}\n\nAssistant:{answer} {yes}",
+                "rejected": f"{question} {ask}\n\nAssistant: {no} {num_rows}",
             }
             text = json.dumps(row) + "\n"
             out.write(text)
@@ -74,7 +75,7 @@ def main() -> None:
         done = subprocess.run(
             [sys.executable, "-c", CHILD, str(path), o.model, str(Path(folder) / "runs")],
             check=True,
-            capture_output=True,
+            stdout=subprocess.PIPE,
             text=True,
         )
         seconds = time.perf_counter() - start

@@ -12,8 +12,10 @@ import runpy
 import sys
 
 from dpo_kit.processes import die_with_parent
+from dpo_kit.redaction import guard_output
 
 if __name__ == "__main__":
     die_with_parent()
+    guard_output()
     del sys.argv[0]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -11,9 +11,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from dpo_kit.redaction import redact
+
 
 class UserError(ValueError):
-    """A mistake in what the user gave: names the thing, what is allowed and the remedy."""
+    """A mistake in what the user gave: names the thing, what is allowed and the remedy; shows no secret."""
+
+    def __init__(self, message: str):
+        super().__init__(redact(message))
 
     def _render_traceback_(self) -> list[str]:
         """What IPython shows: the message is the whole story, the stack is ours and not the user's."""
@@ -24,7 +29,7 @@ class ConfigError(UserError):
     """Everything that is wrong with one configuration, one problem a line."""
 
     def __init__(self, problems: Sequence[str]):
-        self.problems = list(problems)
+        self.problems = [redact(problem) for problem in problems]
         super().__init__("\n".join(self.problems))
 
 

@@ -32,6 +32,7 @@ from typing import Any
 from dpo_kit.errors import UserError
 from dpo_kit.files import atomic_write, read_json, to_json, told
 from dpo_kit.processes import is_alive
+from dpo_kit.redaction import redact
 
 STATES = ("queued", "running", "stopped", "preempted", "failed", "done")
 ENDED = ("stopped", "preempted", "failed", "done")
@@ -439,7 +440,7 @@ def clear_stop(run_dir: Path) -> None:
 def one_line(error: BaseException) -> str:
     """`Type: first line of the message`; a `UserError` is told without its type."""
     text = " ".join(str(error).strip().splitlines()[:1]) or "no message"
-    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
+    return text if isinstance(error, UserError) else redact(f"{type(error).__name__}: {text}")
 
 
 def write_rank_error(
@@ -459,7 +460,7 @@ def write_rank_error(
     record = {
         "rank": rank,
         "error": one_line(exc),
-        "message": str(exc),
+        "message": redact(str(exc)),
         "type": type(exc).__name__,
         "user_mistake": isinstance(exc, UserError),
         "rows": list(getattr(exc, "data_rows", ())),  # of the data, that were being worked on

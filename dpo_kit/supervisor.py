@@ -39,6 +39,7 @@ from dpo_kit import config as config_module
 from dpo_kit.attend import Session, ask, attend, child_variables, kill, look, merge, popen
 from dpo_kit.errors import UserError
 from dpo_kit.processes import identify
+from dpo_kit.redaction import guard_output
 from dpo_kit.spawn import rank_environment
 
 EXIT_CODES = {"done": 0, "stopped": 3, "preempted": 3, "failed": 1}
@@ -382,6 +383,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--owner", "--owner-pid", type=_owner, action="append", default=[], metavar="PID[@START]"
     )
     given = parser.parse_args(arguments)
+    guard_output()
     try:
         return supervise(given.run_dir, given.owner)
     except UserError as error:

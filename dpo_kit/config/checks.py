@@ -6,13 +6,16 @@ data room check those.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Collection, Iterator
+from typing import Any
 
 from dpo_kit.config import schema
 from dpo_kit.config.backend import Backend, parse_backend
 from dpo_kit.config.schema import Config
 from dpo_kit.config.values import show
 from dpo_kit.errors import ConfigError
+from dpo_kit.redaction import found_in
 
 
 def check(config: Config) -> None:
@@ -38,7 +41,7 @@ def contradictions(config: Config, bad: Collection[str] = ()) -> list[str]:
         return not any(name == b or name.startswith(b + ".") for name in names for b in bad)
 
     problems: list[str] = []
-    for part in (_names, _loss, _reference, _pair_granularity, _parallel, _data, _precision):
+    for part in (_names, _secrets, _loss, _reference, _pair_granularity, _parallel, _data, _precision):
         problems += part(config, fine)
     return problems
 
@@ -66,6 +69,24 @@ def name_problem(name: str) -> str | None:
     if not name.isprintable() or name != name.strip():
         return "has control characters or white space at an end; leave them out"
     return None
+
+
+def _secrets(config: Config, fine: Fine) -> Iterator[str]:
+    """The run folder keeps the configuration, so no value may hold a secret."""
+
+    def texts(value: Any, field: str) -> Iterator[tuple[str, str]]:
+        if isinstance(value, str):
+            yield field, value
+        elif isinstance(value, dict):
+            for key, inner in value.items():
+                yield from texts(inner, f"{field}.{key}" if field else key)
+        elif isinstance(value, (list, tuple)):
+            for inner in value:
+                yield from texts(inner, field)
+
+    for field, text in texts(dataclasses.asdict(config), ""):
+        if fine(field) and (secret := found_in(text)):
+            yield f"{field} holds {secret}; the run folder keeps the configuration: take it out of the value"
 
 
 def _loss(config: Config, fine: Fine) -> Iterator[str]:

@@ -1,0 +1,76 @@
+"""Keeps secrets out of whatever a run writes or says.
+
+A secret is the value of an environment variable whose name says so (`HF_TOKEN`, `WANDB_API_KEY`,
+`AWS_SECRET_ACCESS_KEY`), or text that looks like one wherever it is from: a token with a known prefix, a password
+inside a URL.
+
+Known limits: what C++ code writes to a log itself, secrets of fewer than 8 characters, and data: a row that holds a
+token is data, and its text is shown. The notebook that papermill writes holds the parameters as they were given.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterator
+from typing import Any, TextIO
+
+SHOWN = "[redacted]"
+_MIN_LENGTH = 8
+_SECRET_NAME = re.compile(
+    r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|APIKEY|(API|ACCESS|PRIVATE|SECRET)_KEY)$", re.IGNORECASE
+)
+_PREFIXED = re.compile(
+    r"\b(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,}|glpat-[\w-]{20,}"
+    r"|AKIA[0-9A-Z]{16}|xox[abprs]-[\w-]{10,}|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]{10,})"
+)
+_URL_PASSWORD = re.compile(r"(?<=://)[^\s/@:]*:[^\s/@]+(?=@)")
+
+
+def redact(text: str) -> str:
+    """`text` with `[redacted]` in place of every secret."""
+    for _, value in _environment():
+        text = text.replace(value, SHOWN)
+    return _URL_PASSWORD.sub(SHOWN, _PREFIXED.sub(SHOWN, text))
+
+
+def found_in(text: str) -> str | None:
+    """Which secret a text holds, in words that do not show it; None for none."""
+    name = next((name for name, value in _environment() if value in text), None)
+    if name:
+        return f"what the environment variable {name} holds"
+    if _PREFIXED.search(text):
+        return "what looks like an access token"
+    return "a password inside a URL" if _URL_PASSWORD.search(text) else None
+
+
+def _environment() -> Iterator[tuple[str, str]]:
+    """Name and value of the variables that hold a secret; the value of one may be a path, which is none."""
+    for name, value in os.environ.items():
+        if len(value) >= _MIN_LENGTH and _SECRET_NAME.search(name) and not os.path.exists(value):
+            yield name, value
+
+
+class _Redacted:
+    """A text stream that redacts what is written to it, write by write."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(redact(text))
+        return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def guard_output() -> None:
+    """From here on, what this process prints (its log) shows no secret."""
+    if not isinstance(sys.stdout, _Redacted):
+        sys.stdout, sys.stderr = _Redacted(sys.stdout), _Redacted(sys.stderr)  # type: ignore[assignment]
