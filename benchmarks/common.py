@@ -185,19 +185,19 @@ def kit_engine(job: dict[str, Any], store: PairStore, fileroot: Path) -> Iterato
     """The engine of a job as a worker makes it, alone on this machine, and the seconds of its reference pass."""
     import torch
 
-    from dpo_kit import engine, model, parallel, worker
+    from dpo_kit import engine, loading, model, parallel
 
     torch.manual_seed(inputs.SEED)
     config = kit_config(job, fileroot)
     with parallel.alone(cuda=has_cuda()) as world:
-        policy = worker.load_model(
+        policy = loading.load_model(
             config, config.actor.path, config.actor.dtype, world, [store, None], trainable=True
         )
         model.disable_dropout(policy)
         tokens = job["max_tokens"]
         state = engine.Engine(config, world, policy, store, None, actor_tokens=tokens, ref_tokens=tokens)
         start = time.perf_counter()
-        worker.prepare_reference(state, fileroot)
+        loading.prepare_reference(state, fileroot)
         synchronize()
         yield state, time.perf_counter() - start
 

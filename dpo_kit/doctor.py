@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dpo_kit import builtin, dataset, engine, launch, model, parallel, preflight, prepare, worker
+from dpo_kit import builtin, dataset, engine, launch, loading, model, parallel, preflight, prepare
 from dpo_kit.config import Config
 from dpo_kit.errors import UserError
 from dpo_kit.files import read_json
@@ -250,12 +250,12 @@ def _training(config: Config, store: PairStore, report: _Report) -> None:
     try:
         with parallel.alone(cuda=on_cuda) as world:
             torch.manual_seed(config.seed)
-            policy = worker.load_policy(config, world, store, None)
+            policy = loading.load_policy(config, world, store, None)
             state = engine.Engine(config, world, policy, train=store, valid=None)
             with contextlib.redirect_stdout(
                 io.StringIO()
             ):  # what a run says of its cache is nobody's concern here
-                worker.prepare_reference(state, Path(config.cluster.fileroot), np.arange(len(store)))
+                loading.prepare_reference(state, Path(config.cluster.fileroot), np.arange(len(store)))
             report.problems(
                 "preference", "the reference does not prefer the rejected answers", _preference(state)
             )

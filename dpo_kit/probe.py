@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dpo_kit import config as config_module
-from dpo_kit import engine, model, worker
+from dpo_kit import engine, loading, model
 from dpo_kit.config import Config
 from dpo_kit.losses import preference_loss
 from dpo_kit.packing import MicroBatch, pack, response_sums
@@ -78,7 +78,7 @@ def run_rank(tree: dict[str, Any], model_folder: str, store_path: str, plan: lis
     store = open_store(Path(store_path))
     with tempfile.TemporaryDirectory() as folder:
         write_small_model(Path(model_folder), Path(folder))
-        policy = worker.load_model(config, folder, config.actor.dtype, world, [store], trainable=True)
+        policy = loading.load_model(config, folder, config.actor.dtype, world, [store], trainable=True)
     for name, param in masters(policy).items():
         torch.nn.init.constant_(param, 1.0) if "norm" in name else torch.nn.init.normal_(param, std=0.02)
     publish(policy)

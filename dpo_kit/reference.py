@@ -6,15 +6,14 @@
 
 A pair's key is a hash of its two token arrays and of where scoring starts, so a changed row, tokenizer or
 boundary misses for exactly the pairs it changed; beta, loss_type and lr are no part of it. The folder's key is
-the weights' fingerprint, the dtype and the kernel. Not here: computing the values (`engine`).
+the weights' fingerprint, the dtype and the kernel. Not here: computing the values and checking them (`loading`).
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
-import shutil
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -78,27 +77,37 @@ def lookup(folder: Path, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def add(folder: Path, keys: np.ndarray, values: np.ndarray) -> None:
-    """Merges values into the cache: the new files are written beside and renamed in, never half.
+    """Merges values into the cache, one process at a time; the file is written beside and renamed in, never half.
 
-    Two runs that add at once may each lose the other's rows, never mix them: what is lost is computed again.
+    Of a pair that is held already the new values stay.
     """
-    held = _read(folder)
-    if held is not None:
-        keys, values = np.concatenate([held[0], keys]), np.concatenate([held[1], values])
-    order = np.unique(_sortable(keys), return_index=True)[1]
-    part = folder.with_name(f".{folder.name}-{os.getpid()}.part")
-    part.mkdir(parents=True, exist_ok=True)
-    np.savez(part / "values.npz", keys=keys[order], logps=values[order])
     folder.mkdir(parents=True, exist_ok=True)
-    os.replace(part / "values.npz", folder / "values.npz")
-    shutil.rmtree(part)
+    with open(folder / "lock", "w") as guard:
+        fcntl.flock(guard, fcntl.LOCK_EX)
+        for part in folder.glob("*.part"):  # of a process that ended in mid-write: nobody else writes now
+            part.unlink()
+        held = _read(folder)
+        if held is not None:
+            keys, values = np.concatenate([keys, held[0]]), np.concatenate([values, held[1]])
+        order = np.unique(_sortable(keys), return_index=True)[1]
+        part = folder / "values.part"
+        with open(part, "wb") as file:
+            np.savez(file, keys=keys[order], logps=values[order])
+        os.replace(part, folder / "values.npz")
+
+
+def discard(folder: Path) -> None:
+    """Forgets the values of a cache that turned out to be stale."""
+    (folder / "values.npz").unlink(missing_ok=True)
 
 
 def _read(folder: Path) -> tuple[np.ndarray, np.ndarray] | None:
     try:
         with open(folder / "values.npz", "rb") as file, np.load(file, allow_pickle=False) as held:
             keys, logps = held["keys"], held["logps"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except (
+        Exception
+    ):  # a flipped byte makes zipfile and numpy raise nearly anything; what is unreadable is no cache
         return None
     ok = keys.ndim == 2 and keys.shape[1] == 16 and logps.shape == (len(keys), VALUE_SHAPE)
     return (keys, logps) if ok else None

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dpo_kit import builtin, engine, prepare, worker
+from dpo_kit import builtin, engine, loading, prepare
 from dpo_kit.config import Config
 from dpo_kit.engine import Engine
 from dpo_kit.files import atomic_write, to_json
@@ -42,7 +42,7 @@ def score(
     prepare.check_tokenizers(config)
     cuda = torch.cuda.is_available() and config.cluster.n_gpus_per_node != 0
     with alone(cuda=cuda) as world:
-        policy = worker.load_model(
+        policy = loading.load_model(
             config, config.actor.path, config.actor.dtype, world, [store], trainable=False
         )
         state = Engine(config, world, policy, train=store, valid=None, progress=progress)
@@ -50,7 +50,7 @@ def score(
             int(tokens) if tokens != "auto" else engine.CPU_FORWARD_TOKENS
             for tokens in (s.mb_spec.max_tokens_per_mb for s in (config.actor, config.ref))
         )
-        worker.prepare_reference(state, Path(config.cluster.fileroot), np.arange(len(store)))
+        loading.prepare_reference(state, Path(config.cluster.fileroot), np.arange(len(store)))
         state.valid, state.ref_valid = store, state.ref_train
         means, lines = engine.evaluate(state)
     atomic_write(out, "".join(to_json(line) + "\n" for line in lines))

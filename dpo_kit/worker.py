@@ -18,7 +18,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -29,14 +28,13 @@ from dpo_kit import (
     engine,
     halving,
     hangs,
+    loading,
     manifest,
     memory,
     model,
     packing,
     processes,
     records,
-    reference,
-    schedule,
 )
 from dpo_kit import config as config_module
 from dpo_kit.config import Config
@@ -81,14 +79,14 @@ def _run(run_dir: Path, config: Config, world: World, recorder: Recorder, should
     state = Engine(
         config=config,
         world=world,
-        policy=load_policy(config, world, train, valid),
+        policy=loading.load_policy(config, world, train, valid),
         train=train,
         valid=valid,
         should_stop=should_stop,
         progress=recorder.progress,
     )
     settle_budget(run_dir, state, free)
-    recorder.write_weights(prepare_reference(state, Path(config.cluster.fileroot)))
+    recorder.write_weights(loading.prepare_reference(state, Path(config.cluster.fileroot)))
     optimizer = engine.make_optimizer(state)
     keeper = Keeper(run_dir, state, optimizer)
     facts = keeper.resume()
@@ -191,7 +189,7 @@ def _trial(state: Engine, shape: Shape | None, made: dict[str, Any]) -> Callable
         if broken:
             gc.collect()
             torch.cuda.empty_cache()
-            state.policy = load_policy(config, world, state.train, state.valid)
+            state.policy = loading.load_policy(config, world, state.train, state.valid)
         broken = True
         reserve = budget.optimizer_bytes(state.policy, memory.DTYPE_BYTES[config.actor.optimizer.state_dtype])
         if config.ref.logps == "online" and shape is not None:
@@ -218,133 +216,6 @@ def run_micro_batch(state: Engine, rows: list[int]) -> None:
     for _ in range(2):
         chosen, rejected = engine.response_logps(state.policy, batch)
         (chosen - rejected).sum().backward()
-
-
-# ---------------------------------------------------------------- the reference and the models
-
-
-def prepare_reference(state: Engine, fileroot: Path, train_rows: np.ndarray | None = None) -> dict[str, str]:
-    """Gives the engine its reference: values from the cache, computed where missing, or the resident model.
-
-    Args:
-        state: gets `ref_train` and `ref_valid`, or `ref_model`.
-        fileroot: where the cache is.
-        train_rows: of the training store; those that the run trains on when left out.
-
-    Returns:
-        The fingerprint of the weights of `actor` and `ref`.
-    """
-    config, world = state.config, state.world
-    marks = [""] * 2
-    if world.is_main:
-        known = fileroot / ".cache" / "fingerprints.json"
-        marks = [model.fingerprint(builtin.ensure(p), known) for p in (config.actor.path, config.ref.path)]
-    if world.size > 1:
-        dist.broadcast_object_list(marks, 0)
-    weights = dict(zip(("actor", "ref"), marks, strict=True))
-    state.policy_is_reference = marks[0] == marks[1] and config.actor.dtype == config.ref.dtype
-    if config.ref.logps == "online":
-        state.ref_model = _load_reference(state)
-        return weights
-    unpacked = model.why_unpacked(builtin.ensure(config.ref.path), _longest([state.train, state.valid]))
-    kernel = "plain" if unpacked else "shared" if config.actor.share_prompt else "unshared"
-    folder = reference.cache_folder(fileroot, marks[1], config.ref.dtype, kernel)
-    if train_rows is None:
-        train_rows = schedule.rows_of_run(config, len(state.train))
-    needs = [(state.train, train_rows)]
-    if state.valid is not None:
-        needs.append((state.valid, np.arange(len(state.valid))))
-    keys, values, found = map(list, zip(*(_look_up(world, folder, *need) for need in needs), strict=True))
-    num_pairs, num_missing = sum(map(len, values)), sum(int((~f).sum()) for f in found)
-    if world.is_main:
-        print(f"reference: {num_pairs - num_missing} of {num_pairs} pairs from the cache", flush=True)
-    if num_missing:
-        source = state.policy if state.policy_is_reference else _load_reference(state)
-        source.eval()
-        done = 0
-        for i, (store, rows) in enumerate(needs):
-            missing = ~found[i]
-            if missing.any():
-                run = engine.reference_pass(state, source, store, rows[missing], done=done, total=num_missing)
-                values[i][missing] = run
-                done += len(run)
-        if world.is_main:
-            fresh_keys, fresh_values = (
-                np.concatenate([a[~f] for a, f in zip(arrays, found, strict=True)])
-                for arrays in (keys, values)
-            )
-            reference.add(folder, fresh_keys, fresh_values)
-    tables = [
-        _spread(v, rows, len(store)).to(world.device) for v, (store, rows) in zip(values, needs, strict=True)
-    ]
-    state.ref_train, state.ref_valid = tables[0], tables[1] if state.valid is not None else None
-    return weights
-
-
-def _look_up(
-    world: World, folder: Path, store: PairStore, rows: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Keys (rank 0's alone are used), values and mask of what the cache holds; rank 0 looks for all.
-
-    Were each rank to look for itself, a run that writes meanwhile could give them different gaps to fill.
-    """
-    keys = reference.pair_keys(store, rows) if world.is_main else np.empty((0, 16), np.uint8)
-    table = torch.empty(len(rows), 3, dtype=torch.float64)
-    if world.is_main:
-        values, found = reference.lookup(folder, keys)
-        table = torch.from_numpy(np.column_stack([values, found]))
-    if world.size > 1:
-        dist.broadcast(table, 0)
-    return keys, table[:, :2].numpy().copy(), table[:, 2].numpy().astype(bool)
-
-
-def _spread(values: np.ndarray, rows: np.ndarray, num_pairs: int) -> torch.Tensor:
-    """Values of some rows as a table of all rows; NaN where no step needs them."""
-    table = np.full((num_pairs, values.shape[1]), np.nan)
-    table[rows] = values
-    return torch.from_numpy(table)
-
-
-def _load_reference(state: Engine) -> model.PairModel:
-    c = state.config
-    return load_model(c, c.ref.path, c.ref.dtype, state.world, [state.train, state.valid], trainable=False)
-
-
-def load_policy(config: Config, world: World, train: PairStore, valid: PairStore | None) -> model.PairModel:
-    """The policy of a run, ready to be trained."""
-    actor = config.actor
-    policy = load_model(config, actor.path, actor.dtype, world, [train, valid], trainable=True)
-    if actor.disable_dropout:
-        model.disable_dropout(policy)
-    return policy
-
-
-def load_model(
-    config: Config, path: str, dtype: str, world: World, stores: list[PairStore | None], *, trainable: bool
-) -> model.PairModel:
-    """The policy or the reference of a run, ready to score its pairs."""
-    loaded = model.load(
-        builtin.ensure(path),
-        world,
-        dtype=DTYPES[dtype],
-        trainable=trainable,
-        gradient_checkpointing=config.actor.gradient_checkpointing,
-        longest_tokens=_longest(stores),
-        compiled=config.actor.compile,
-    )
-    if not loaded.packed and world.is_main:
-        why = model.why_unpacked(builtin.ensure(path), _longest(stores))
-        print(
-            f"{'actor' if trainable else 'ref'}.path: rows are not packed, for {why}; each text runs whole, with the "
-            "model's own attention: the same numbers, slower",
-            flush=True,
-        )
-    return loaded
-
-
-def _longest(stores: list[PairStore | None]) -> int:
-    """Tokens of the longest text."""
-    return max(int(store.all_lengths()[:, 1:].max()) for store in stores if store is not None)
 
 
 def main(run_dir: Path) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 import torch.distributed as dist
 
 from dpo_kit import config as config_module
-from dpo_kit import engine, model, parallel, worker
+from dpo_kit import engine, loading, model, parallel
 from dpo_kit.preferences import Pair, PairStore, arrays_of, longest_common_prefix, open_store, write_store
 
 VOCAB = 200
@@ -79,7 +79,7 @@ def one_rank():
 
 def make_engine(world, config, train: PairStore, valid: PairStore | None = None) -> engine.Engine:
     """An engine as the worker makes it, the reference included."""
-    policy = worker.load_model(
+    policy = loading.load_model(
         config, config.actor.path, config.actor.dtype, world, [train, valid], trainable=True
     )
     if config.actor.disable_dropout:
@@ -89,7 +89,7 @@ def make_engine(world, config, train: PairStore, valid: PairStore | None = None)
         tokens = getattr(config, name).mb_spec.max_tokens_per_mb
         if tokens != "auto":
             setattr(state, f"{name}_tokens", tokens)
-    worker.prepare_reference(state, Path(config.cluster.fileroot))
+    loading.prepare_reference(state, Path(config.cluster.fileroot))
     return state
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dpo_kit import config as config_module
-from dpo_kit import doctor, room, worker
+from dpo_kit import doctor, loading, room
 from tests.toy_tokenizers import CHATML, save_tokenizer
 
 SMOKE = Path(__file__).parents[1] / "params" / "smoke.yaml"
@@ -61,7 +61,7 @@ def test_a_learning_rate_of_zero(tmp_path):
 
 
 def test_frozen_weights(tmp_path, monkeypatch):
-    load = worker.load_policy
+    load = loading.load_policy
 
     def frozen(*arguments):
         policy = load(*arguments)
@@ -69,7 +69,7 @@ def test_frozen_weights(tmp_path, monkeypatch):
             param.requires_grad_("norm" in name)
         return policy
 
-    monkeypatch.setattr(worker, "load_policy", frozen)
+    monkeypatch.setattr(loading, "load_policy", frozen)
     found = examined(tmp_path)
     assert found["one step"].level == "bad"
     assert "weights changed (frozen: lm.model.embed_tokens.weight" in found["one step"].text

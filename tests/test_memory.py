@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpo_kit import builtin, memory, worker
+from dpo_kit import builtin, loading, memory
 from dpo_kit.costs import Shape
 from dpo_kit.packing import pack
 from tests.helpers import one_rank, random_pairs, store_of, tiny_config
@@ -79,7 +79,7 @@ def test_activations_are_what_autograd_keeps(tmp_path, dtype, checkpointing):
     rows = list(range(len(store)))
     batch = pack([store.pair(r) for r in rows], rows, share=True)
     with one_rank() as world:
-        policy = worker.load_model(config, "tiny-random", dtype, world, [store], trainable=True)
+        policy = loading.load_model(config, "tiny-random", dtype, world, [store], trainable=True)
         kept = _kept_by_blocks(policy, batch, hidden=checkpointing == "selective")
     tokens = batch.input_ids.shape[1]
     assert memory.kept_bytes(shape, config) == pytest.approx(kept / tokens, rel=0.15)
