@@ -147,7 +147,10 @@ def ask(session: Session, state: str) -> None:
 
 
 def merge(session: Session) -> None:
-    """Takes what the working child wrote into `status.json`; a heartbeat when nothing changed."""
+    """Takes what the working child wrote into `status.json`; a heartbeat when nothing changed.
+
+    A disk that is full is no reason to end a run: it may have room again when a checkpoint needs it.
+    """
     progress = records.read_json(session.run_dir / "progress.json", {})
     fields = _status_fields(session, progress) if progress.get("phase") else {}
     now = time.monotonic()
@@ -156,8 +159,10 @@ def merge(session: Session) -> None:
     if fields == session.written and now - session.written_at < _HEARTBEAT_S:
         status = None
     else:
-        status = records.update_status(session.run_dir, **fields)
+        status = None
         session.written, session.written_at = fields, now
+        with contextlib.suppress(OSError):
+            status = records.update_status(session.run_dir, **fields)
     if session.lines:
         session.lines.update(status or records.read_status(session.run_dir))
 
@@ -178,6 +183,8 @@ def _status_fields(session: Session, progress: dict[str, Any]) -> dict[str, Any]
     if progress["expected_s"] is None:
         fields["phase_expected_s"] = session.known.get(name, watch.GUESSES_S.get(name))
         fields["phase_expected_from"] = "earlier run" if name in session.known else "guess"
+    if progress.get("note"):
+        fields["message"] = progress["note"]
     fields |= {key: progress[key] for key in ("step", "total_steps") if progress[key] is not None}
     return fields
 

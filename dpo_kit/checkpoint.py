@@ -48,7 +48,7 @@ def save(
     Raises:
         UserError: it cannot be written; the message names the folder and what is free there.
     """
-    names = [""]
+    names, found = [""], dict[str, dict[str, Any]]()
 
     def begin() -> None:
         if world.is_main:
@@ -69,20 +69,23 @@ def save(
         if world.is_main:
             atomic_write(Path(names[0]) / STATE, to_json({**facts, "num_ranks": world.size}, indent=1))
 
-    def seal() -> None:
-        # Reading for the hashes is shared: every rank its part of the files.
+    def read() -> None:  # for the hashes, shared: every rank its part of the files
         staged = Path(names[0])
-        mine = commit.hashes(staged, commit.file_names(staged)[world.rank :: world.size])
-        found = gathered(world, mine)
+        found.update(commit.hashes(staged, commit.file_names(staged)[world.rank :: world.size]))
+
+    def seal() -> None:
         if world.is_main:
-            commit.seal(staged, folder, {name: mark for part in found for name, mark in part.items()})
+            commit.seal(Path(names[0]), folder, found)
 
     try:
         _together(world, begin)
         if world.size > 1:
             dist.broadcast_object_list(names, 0)
-        for act in (write, write_rank, seal):
+        for act in (write, write_rank, read):
             _together(world, act)
+        for part in gathered(world, found):
+            found.update(part)
+        _together(world, seal)
     except _Failed as failed:
         if world.is_main:
             commit.sweep(folder.parent)
@@ -108,22 +111,17 @@ def load(folder: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, worl
     return facts
 
 
-def newest(checkpoints: Path, world: World) -> int | None:
-    """The latest whole checkpoint's step, the same on every rank; a collective. Rank 0 tells of damaged ones.
+def newest(checkpoints: Path, world: World) -> tuple[int | None, list[str]]:
+    """The latest whole checkpoint's step, and a line on each damaged one that was passed over; a collective.
 
-    Every rank reads its part of the files.
+    The same on every rank; each reads its part of the files.
     """
 
     def damage(folder: Path) -> str:
         problems = gathered(world, commit.damage(folder, world.rank, world.size))
         return next((problem for problem in problems if problem), "")
 
-    step, told = commit.newest(checkpoints, damage)
-    if world.is_main and told:
-        for line in told:
-            print(line, flush=True)
-        print(f"falling back to {f'step-{step}' if step is not None else 'the start of the run'}", flush=True)
-    return step
+    return commit.newest(checkpoints, damage)
 
 
 def needed_bytes(policy: nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -190,8 +188,8 @@ def _together(world: World, act: Callable[[], None]) -> None:
         act()
     except CheckpointException as error:  # raised on every rank, with what each of them said
         problem = next((str(cause) for cause, _ in error.failures.values()), str(error))
-    except (OSError, RuntimeError) as error:
-        problem = str(error)
+    except Exception as error:  # whatever it is (safetensors has errors of its own): the others must not wait
+        problem = str(error) or type(error).__name__
     problems = gathered(world, problem)
     if any(problems):
         rank = next(rank for rank, text in enumerate(problems) if text)
@@ -210,8 +208,6 @@ def _why_not_saved(folder: Path, cause: str, policy: nn.Module, optimizer: torch
     needed, free = needed_bytes(policy, optimizer), room.free_disk(folder.parent)
     left = commit.steps(folder.parent)
     before = f"step-{left[-1]} stands" if left else "there is no earlier one"
-    advice = "free space (dpo-kit runs prune) or use recover.keep=1" if free < needed else "mend that"
-    return (
-        f"checkpoint {folder} was not written ({cause}): it needs {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB"
-        f" are free in {folder.parent}; {before}. {advice[0].upper()}{advice[1:]}, then resume the run"
-    )
+    sizes = f"{room.size_text(needed)} is needed, {room.size_text(free)} are free in {folder.parent}"
+    advice = "Free space (dpo-kit runs prune) or use recover.keep=1" if free < needed else "Mend that"
+    return f"checkpoint {folder} was not written ({cause}); {sizes}; {before}. {advice}, then resume the run"

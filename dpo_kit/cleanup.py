@@ -6,6 +6,7 @@ Not here: removing whole runs (`runs.remove`).
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 from dataclasses import dataclass
@@ -15,8 +16,19 @@ from dpo_kit import commit, locks
 from dpo_kit.display import plain_table
 from dpo_kit.errors import UserError
 from dpo_kit.files import read_json
+from dpo_kit.records import EARLIER
 from dpo_kit.room import size_of, size_text
 from dpo_kit.runs import Run
+
+_LEFTOVERS = (
+    "checkpoints/.t*-step-*",
+    ".*.part",
+    ".*.old",
+    "exports/.*.part",
+    "exports/.*.old",
+    f"{EARLIER}/*",
+)
+_ABANDONED_S = 3600.0  # a part of a cache that nobody has written to for so long
 
 
 @dataclass(frozen=True)
@@ -27,19 +39,26 @@ class Item:
     name: str
     size: int
     about: str = ""
+    run: Path | None = None  # whose it is
 
 
 def spare_checkpoints(runs: list[Run], keep: int) -> list[Item]:
-    """Checkpoints of ended runs beyond the newest `keep` whole ones, as `commit.retain` would remove them."""
+    """Checkpoints of ended runs beyond the newest `keep` whole ones, what killed runs left half-written, and what
+    earlier attempts of a trial had made."""
     found = []
     for run in runs:
         if run.is_live or locks.lock_owner(run.dir):
             continue
+        for pattern in _LEFTOVERS:
+            for path in sorted(run.dir.glob(pattern)):
+                found.append(
+                    Item(path, f"{run.name} {path.relative_to(run.dir)}", size_of(path), run=run.dir)
+                )
         whole = 0
         for step in reversed(run.checkpoints()):
             folder = run.dir / "checkpoints" / f"step-{step}"
             if whole >= keep:
-                found.append(Item(folder, f"{run.name} step-{step}", size_of(folder)))
+                found.append(Item(folder, f"{run.name} step-{step}", size_of(folder), run=run.dir))
             elif not commit.damage(folder):
                 whole += 1
     return found
@@ -50,13 +69,26 @@ def cache_items(fileroot: Path) -> list[Item]:
     root = Path(fileroot) / ".cache"
     found = []
     for kind in ("pairs", "reference"):
-        folders = [f for f in (root / kind).glob("*") if f.is_dir() and f.name[0] not in ".~"]
+        folders = [
+            f for f in (root / kind).glob("*") if f.is_dir() and (f.name[0] not in ".~" or _is_abandoned(f))
+        ]
         for folder in sorted(folders, key=lambda f: f.stat().st_mtime):
-            meta = read_json(folder / "meta.json", {}) if kind == "pairs" else {}
-            source = ((meta or {}).get("source") or {}).get("path", "")
+            source = _source(folder) if kind == "pairs" else ""
             used = time.strftime("%Y-%m-%d %H:%M", time.localtime(folder.stat().st_mtime))
             found.append(Item(folder, f"{kind}/{folder.name}", size_of(folder), f"{used}  {source}"))
     return found
+
+
+def _is_abandoned(part: Path) -> bool:
+    return time.time() - max(path.stat().st_mtime for path in (part, *part.rglob("*"))) > _ABANDONED_S
+
+
+def _source(folder: Path) -> str:
+    """What a pair store says it was built from; a store that is damaged can go like any other."""
+    try:
+        return str(read_json(folder / "meta.json")["source"]["path"])
+    except (UserError, TypeError, KeyError):
+        return "damaged, or not finished"
 
 
 def pick(items: list[Item], names: list[str], where: str) -> list[Item]:
@@ -81,12 +113,18 @@ def remove(items: list[Item], *, yes: bool) -> bool:
     if not yes:
         print("add --yes to remove them", flush=True)
         return False
+    freed = 0
     for item in items:
-        if item.path.name.startswith("step-"):
-            commit.discard(item.path)
-        else:
-            shutil.rmtree(item.path)
-    print(f"removed {size_text(sum(item.size for item in items))}", flush=True)
+        # The lock: a run that is resumed meanwhile reads its checkpoints.
+        with locks.lock(item.run) if item.run else contextlib.nullcontext():
+            if item.path.name.startswith("step-"):
+                commit.discard(item.path)
+            else:
+                shutil.rmtree(item.path, ignore_errors=True)
+        if item.path.exists():
+            raise UserError(f"{item.path} cannot be removed; {size_text(freed)} were, before it")
+        freed += item.size
+    print(f"removed {size_text(freed)}", flush=True)
     return True
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import time
 import warnings
@@ -20,16 +21,30 @@ from typing import Any, NoReturn
 from dpo_kit import config as config_module
 from dpo_kit import preflight
 from dpo_kit.config import Config
+from dpo_kit.display import visible
 from dpo_kit.errors import RunError, UserError
+from dpo_kit.redaction import guarded_output
 
 EXIT = {"done": 0, "stopped": 3, "preempted": 3}
 # On a terminal a counter is drawn over; in a log a line comes now and then, so that nothing is silent for 5 s.
 _REDRAW_S, _LINE_S = 0.2, 4.0
+_COUNTER = re.compile(r"\r([^\r]*)\x1b\[K")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status."""
     warnings.showwarning = _show_warning
+    with guarded_output(_for_terminals):
+        return _run(argv)
+
+
+def _for_terminals(text: str) -> str:
+    """Text of data, names and models must not steer the terminal; a counter that draws over itself may."""
+    counter = _COUNTER.fullmatch(text)
+    return f"\r{visible(counter[1])}\x1b[K" if counter else visible(text)
+
+
+def _run(argv: Sequence[str] | None) -> int:
     try:
         arguments = _parse(argv)
         return arguments.run(arguments)
@@ -329,16 +344,16 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _runs_list(arguments: argparse.Namespace) -> int:
-    from dpo_kit import runs
+    from dpo_kit import listing
 
-    print(runs.list_table(_fileroot(arguments)))
+    print(listing.list_table(_fileroot(arguments)))
     return 0
 
 
 def _runs_show(arguments: argparse.Namespace) -> int:
-    from dpo_kit import runs
+    from dpo_kit import listing
 
-    print(runs.show_text(_find(arguments)))
+    print(listing.show_text(_find(arguments)))
     return 0
 
 
@@ -356,9 +371,9 @@ def _runs_resume(arguments: argparse.Namespace) -> int:
 
 
 def _runs_fork(arguments: argparse.Namespace) -> int:
-    from dpo_kit import launch
+    from dpo_kit import forks
 
-    return launch.fork_in_foreground(_find(arguments), arguments.step, arguments.overrides)
+    return forks.fork_in_foreground(_find(arguments), arguments.step, arguments.overrides)
 
 
 def _runs_prune(arguments: argparse.Namespace) -> int:

@@ -6,18 +6,21 @@
     checkpoints/.trash-step-4-4711/    being removed
 
 A rename makes a checkpoint and a rename unmakes it, so that a process killed at any moment leaves either. Flipped
-bits, cut and missing files are found by hash; a reader then takes the checkpoint before. Not here: what is in a
-checkpoint (`checkpoint`), when one is due (`recorder`).
+bits, cut and missing files are found by hash; a reader then takes the checkpoint before. Exports (`model/`, `exports/`)
+are for others and have no `COMMIT.json`; they too are written beside and renamed in (`replaced`).
+
+Not here: what is in a checkpoint (`checkpoint`), when one is due (`recorder`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,17 +96,61 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+@contextlib.contextmanager
+def replaced(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which then takes the place of `folder`, flushed to the disk.
+
+    Between two renames the old folder has another name; `mend` finds it after a kill just then.
+    """
+    part = folder.with_name(f".{folder.name}-{os.getpid()}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        for path in part.rglob("*"):
+            if path.is_file():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+        for inner in {part, *(path.parent for path in part.rglob("*"))}:
+            sync_folder(inner)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    old = folder.with_name(f".{folder.name}-{os.getpid()}.old")
+    if folder.exists():
+        folder.rename(old)
+    part.rename(folder)
+    sync_folder(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def mend(parent: Path) -> None:
+    """Clears away what killed writers of `replaced` left; an old folder gets its name back when that is free."""
+    for old in parent.glob(".*.old"):
+        name = old.name[1:].rpartition("-")[0]
+        if (parent / name).exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(parent / name)
+    for part in parent.glob(".*.part"):
+        shutil.rmtree(part, ignore_errors=True)
+
+
 # --- reading ----------------------------------------------------------------------------------------------------
 
 
 def committed(folder: Path) -> tuple[dict[str, dict[str, Any]], str]:
-    """What `COMMIT.json` says of the files, and what is wrong with it or with their sizes; quick."""
+    """What `COMMIT.json` says of the files, and what is wrong with it or with their sizes; quick.
+
+    Files that it does not name (a file browser's) are nobody's concern: nothing reads them.
+    """
     try:
         text, _, _ = (folder / COMMIT).read_text("utf-8").removesuffix("\n").rpartition("\n")
         if (folder / COMMIT).read_bytes() != _commit_text(text + "\n"):
             return {}, f"{COMMIT} does not match its last line"
-        files = json.loads(text)["files"]
-    except (OSError, ValueError, KeyError, UnicodeDecodeError) as error:
+        marks = json.loads(text)["files"]
+        files = {name: {"size": mark["size"], "sha256": mark["sha256"]} for name, mark in marks.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return {}, f"{COMMIT} cannot be read ({type(error).__name__})"
     for name, mark in files.items():
         path = folder / name
@@ -111,8 +158,7 @@ def committed(folder: Path) -> tuple[dict[str, dict[str, Any]], str]:
             return files, f"{name} is missing"
         if path.stat().st_size != mark["size"]:
             return files, f"{name} has {path.stat().st_size} bytes instead of {mark['size']}"
-    extra = [name for name in file_names(folder) if name not in files]
-    return files, f"{extra[0]} was added" if extra else ""
+    return files, ""
 
 
 def damage(folder: Path, part: int = 0, parts: int = 1) -> str:
@@ -156,16 +202,21 @@ def newest(checkpoints: Path, damage: Callable[[Path], str] = damage) -> tuple[i
 # --- removing ---------------------------------------------------------------------------------------------------
 
 
-def retain(checkpoints: Path, keep: int) -> list[int]:
+def retain(checkpoints: Path, keep: int, written: int) -> list[int]:
     """Removes all but the newest `keep` checkpoints that look whole; the steps removed. Idempotent.
 
-    The newest whole one always stays. A damaged one is no reason to remove a whole one: it does not count, and goes
-    when as many whole ones are newer.
+    A damaged one is no reason to remove a whole one: it does not count, and goes when as many whole ones are newer.
+
+    Args:
+        checkpoints: the folder.
+        keep: how many stay, at least one.
+        written: the step just sealed, which always stays. Those of later steps were passed over when the run went on
+            from before them, because they are damaged in ways that sizes do not show.
     """
     removed, whole = [], 0
     for step in reversed(steps(checkpoints)):
         folder = checkpoints / f"step-{step}"
-        if whole >= max(1, keep):
+        if whole >= max(1, keep) or step > written:
             discard(folder)
             removed.append(step)
         elif not committed(folder)[1]:
@@ -176,7 +227,8 @@ def retain(checkpoints: Path, keep: int) -> list[int]:
 def discard(folder: Path) -> None:
     """Removes a checkpoint: first its name, so that nobody finds half of one."""
     trash = _trash(folder)
-    folder.rename(trash)
+    with contextlib.suppress(FileNotFoundError):  # somebody else removed it meanwhile
+        folder.rename(trash)
     shutil.rmtree(trash, ignore_errors=True)
 
 

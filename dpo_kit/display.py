@@ -52,9 +52,16 @@ def escape(value: object, limit: int | None = None) -> str:
     left_out = 0 if limit is None else max(0, len(text) - limit)
     if left_out:
         text = text[:limit]
-    text = "".join(_visible(c) for c in text)
+    text = visible(text)
     suffix = f" … ({left_out} more characters)" if left_out else ""
     return html.escape(text, quote=True) + suffix
+
+
+def visible(text: str) -> str:
+    """Text with its control and direction characters as visible code points: `[U+001B]`; line breaks and tabs stay."""
+    if text.isascii() and text.replace("\n", "").replace("\t", "").isprintable():
+        return text
+    return "".join(_visible(c) for c in text)
 
 
 def _visible(character: str) -> str:

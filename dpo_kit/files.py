@@ -74,13 +74,18 @@ def read_json(path: Path, default: Any = None) -> Any:
     """The content of a JSON file, or `default` when there is none.
 
     Raises:
-        UserError: the file is not JSON.
+        UserError: the file is not JSON, or holds no object although the default is one.
     """
     try:
-        return json.loads(Path(path).read_text("utf-8"))
+        content = json.loads(Path(path).read_text("utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return default
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(
-            f"{path} is not JSON ({error}); the file was changed or cut outside the kit"
+            f"{path} is not JSON ({error}); the file was changed or cut outside the kit: put it back, or remove it"
         ) from None
+    if isinstance(default, dict) and not isinstance(content, dict):
+        raise UserError(
+            f"{path} holds no JSON object; the file was changed outside the kit: put it back, or remove it"
+        )
+    return content

@@ -15,18 +15,16 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from dpo_kit import commit, devices, identity, manifest, preflight, records, runs
 from dpo_kit import config as config_module
+from dpo_kit import devices, identity, manifest, preflight, records, runs
 from dpo_kit.config import Config
 from dpo_kit.errors import ConfigError, RunError, UserError
-from dpo_kit.files import to_json
 from dpo_kit.owners import is_headless
 from dpo_kit.processes import physical_cores
 from dpo_kit.runs import Run
@@ -34,8 +32,6 @@ from dpo_kit.spawn import spawn
 from dpo_kit.supervisor import supervise
 
 __all__ = [
-    "fork",
-    "fork_in_foreground",
     "is_headless",
     "live",
     "resolve_world",
@@ -107,7 +103,7 @@ def run_in_foreground(config: Config, source: str | Path | None = None) -> int:
     """
     config = resolve_world(config)
     run, is_done = _open_trial(config, "foreground", source)
-    return _foreground(run, is_done)
+    return foreground(run, is_done)
 
 
 def resume_in_foreground(run: Run) -> int:
@@ -123,81 +119,11 @@ def resume_in_foreground(run: Run) -> int:
         _say(f"{run.name} is done; nothing to resume")
     else:
         runs.begin_anew(run)
-    return _foreground(run, is_done)
+    return foreground(run, is_done)
 
 
-def fork(parent: Run, step: int | None = None, overrides: Sequence[str] = ()) -> Run:
-    """Makes a queued run that goes on from a checkpoint of another, with other settings from there on.
-
-    Its folder gets the checkpoint (hard links where the file system has them) and what was recorded up to that
-    step; `manifest.json` names the parent.
-
-    Args:
-        parent: a run with checkpoints; it is not changed.
-        step: of one of them; the last one when left out.
-        overrides: dotted assignments over the parent's configuration; the trial gets a fresh name unless one is given.
-
-    Raises:
-        UserError: no such checkpoint (those there are are listed), a damaged one, or settings that cannot run.
-    """
-    there = parent.checkpoints()
-    step = there[-1] if step is None and there else step
-    if step not in there:
-        has = f"has those of steps {', '.join(map(str, there))}" if there else "has none"
-        wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
-        raise UserError(
-            f"{parent.name} has {wanted}; it {has} (recover.freq_steps and recover.keep make them)"
-        )
-    source = parent.dir / "checkpoints" / f"step-{step}"
-    problem = commit.damage(source)
-    if problem:
-        raise UserError(f"{source} is damaged: {problem}; use another of {', '.join(map(str, there))}")
-    named = any(text.startswith("trial_name=") for text in overrides)
-    config = config_module.load(
-        parent.dir / "config.yaml", [*(() if named else ("trial_name=null",)), *overrides]
-    )
-    config = resolve_world(config)
-    config = replace(config, trial_name=config.trial_name or records.fresh_trial_name())
-    preflight.check(config)
-    made = manifest.build(config, named=named, owner="foreground")
-    made["parent"] = {"run": parent.name, "folder": str(parent.dir), "step": step}
-    root, text = Path(config.cluster.fileroot), config_module.to_yaml(config)
-    trial = str(config.trial_name)
-    folder = records.create(root, config.experiment_name, trial, config_text=text, manifest=made)
-    try:
-        _inherit(parent.dir, folder, source, int(step))
-    except BaseException:
-        records.remove_folder(folder)
-        raise
-    return Run(folder)
-
-
-def _inherit(parent: Path, folder: Path, source: Path, step: int) -> None:
-    (folder / "checkpoints").mkdir()
-    shutil.copytree(source, folder / "checkpoints" / source.name, copy_function=_link)
-    for name in ("metrics.jsonl", "evaluations"):
-        if (parent / name).is_dir():
-            shutil.copytree(parent / name, folder / name)
-        elif (parent / name).exists():
-            shutil.copy(parent / name, folder / name)
-    records.cut_records(folder, step)
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)  # files of a checkpoint are never changed in place
-    except OSError:
-        shutil.copy(source, target)
-
-
-def fork_in_foreground(parent: Run, step: int | None = None, overrides: Sequence[str] = ()) -> int:
-    """Forks a run and trains it, as `run_in_foreground` does; see `fork`."""
-    run = fork(parent, step, overrides)
-    _say(f"fork of {parent.name} at step {run.checkpoints()[-1]}: {run.name}")
-    return _foreground(run, False)
-
-
-def _foreground(run: Run, is_done: bool) -> int:
+def foreground(run: Run, is_done: bool) -> int:
+    """Supervises a queued run in this process; its exit status."""
     code = 0 if is_done else supervise(run.dir, foreground=True)
     if code != 0:
         print(run.epitaph(), file=sys.stderr, flush=True)
@@ -321,14 +247,15 @@ def _open_trial(config: Config, kind: str, source: str | Path | None = None) -> 
     exists = (folder / "status.json").is_file()
     if exists and _is_settled(config, Run(folder)):
         return Run(folder), True
+    if exists:
+        runs.sweep(Run(folder))
     preflight.check(config)
     made = manifest.build(config, named=named, owner=kind, source=source)
     made |= {"command": manifest.repeat_command(folder), "continue": manifest.continue_command(folder)}
-    text = config_module.to_yaml(config)
     if exists:
-        runs.begin_anew(Run(folder), {"config.yaml": text, "manifest.json": to_json(made, indent=2)})
+        runs.begin_anew(Run(folder), config, made)
         return Run(folder), False
-    root = Path(config.cluster.fileroot)
+    root, text = Path(config.cluster.fileroot), config_module.to_yaml(config)
     return Run(records.create(root, config.experiment_name, trial, config_text=text, manifest=made)), False
 
 
@@ -352,17 +279,21 @@ def _is_settled(config: Config, run: Run) -> bool:
         )
     differing, kept = _differences(config, run.config), run.checkpoints()
     if status["state"] != "done":
-        refused = {key: text for key, text in differing.items() if kept and not identity.is_free(key)}
+        is_bound = kept or status.get("trained")
+        refused = {key: text for key, text in differing.items() if is_bound and not identity.is_free(key)}
         if refused:
+            what = f"has a checkpoint of step {kept[-1]}" if kept else "is trained"
             raise UserError(
-                f"trial_name = {run.dir.name!r}: {run.name} has a checkpoint of step {kept[-1]} with another"
+                f"trial_name = {run.dir.name!r}: {run.name} {what} with another"
                 f" configuration ({identity.told(refused)}); use another trial_name, or fork it: dpo-kit runs fork"
                 f" {run.name} {' '.join(f'{key}=VALUE' for key in refused)}"
             )
+        _check_length(config, run, kept)
         if differing:
             _say(f"{run.name} was {status['state']}; its configuration changes: {identity.told(differing)}")
         return False
     if differing and set(differing) <= set(identity.LENGTH) and kept:
+        _check_length(config, run, kept)
         _say(f"{run.name} is done at step {status.get('step')}; going on: {identity.told(differing)}")
         return False
     if differing:
@@ -374,6 +305,20 @@ def _is_settled(config: Config, run: Run) -> bool:
         )
     _say(f"{run.name} is done at step {status.get('step')}: skipped")
     return True
+
+
+def _check_length(config: Config, run: Run, kept: list[int]) -> None:
+    """Refuses a run that would have to end before its last checkpoint, before anything is written."""
+    old, total = run.config, run.status.get("total_steps")
+    limits = [config.total_train_steps] if config.total_train_steps else []
+    if total and not old.total_train_steps:
+        limits.append(int(total * config.total_train_epochs / old.total_train_epochs))
+    if kept and limits and min(limits) < kept[-1]:
+        raise UserError(
+            f"trial_name = {run.dir.name!r}: {run.name} has a checkpoint of step {kept[-1]}, and would have to end at"
+            f" step {min(limits)}; raise total_train_steps or total_train_epochs, or fork an earlier one: dpo-kit runs"
+            f" fork {run.name} --step N"
+        )
 
 
 def _differences(config: Config, other: Config) -> dict[str, str]:

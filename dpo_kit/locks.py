@@ -43,7 +43,7 @@ def take_lock(run_dir: Path) -> None:
     mine = {**identify(), "inode": folder.st_ino}
     with _guard(run_dir):
         owner = lock_owner(run_dir)
-        if owner is not None and owner["pid"] != mine["pid"]:
+        if owner is not None and not _is_mine(owner):
             raise UserError(
                 f"{run_dir} belongs to process {owner['pid']} on {owner['host']}, which is running it;"
                 " stop that run first (`dpo-kit runs stop`) or use another trial_name"
@@ -56,19 +56,29 @@ def release_lock(run_dir: Path) -> None:
     if not Path(run_dir).is_dir():
         return
     with _guard(run_dir):
-        if (lock_owner(run_dir) or {}).get("pid") == os.getpid():
+        owner = lock_owner(run_dir)
+        if owner is not None and _is_mine(owner):
             (Path(run_dir) / "lock.json").unlink(missing_ok=True)
 
 
 def lock_owner(run_dir: Path) -> dict[str, Any] | None:
     """The live process that holds the folder, or None. A copied folder's lock is its original's."""
-    owner = read_json(Path(run_dir) / "lock.json")
+    try:
+        owner = read_json(Path(run_dir) / "lock.json", {})
+    except UserError:  # who was killed by a full disk or a loss of power holds nothing
+        return None
     if not owner or owner.get("inode") != Path(run_dir).stat().st_ino:
         return None
     if owner.get("host") != socket.gethostname():
         age_s = time.time() - float(read_status(run_dir).get("updated_at") or 0.0)
         return owner if age_s < REMOTE_HEARTBEAT_S else None
     return owner if is_alive(owner) else None
+
+
+def _is_mine(owner: dict[str, Any]) -> bool:
+    """Whether it is this process: containers on several machines often share small pids."""
+    mine = identify()
+    return all(owner.get(key) == mine[key] for key in ("host", "pid", "create_time"))
 
 
 @contextlib.contextmanager

@@ -60,17 +60,13 @@ def build(config: Config, *, named: bool, owner: str, source: str | Path | None 
 
 def repeat_command(run_dir: Path) -> str:
     """The command that makes the same run again, under a fresh name and with the micro-batches it settled on."""
-    return _command(run_dir, "trial_name=null")
+    config = shlex.quote(str(run_dir / "config.yaml"))
+    return " ".join([f"dpo-kit train --config {config} trial_name=null", *halving.overrides(run_dir)])
 
 
 def continue_command(run_dir: Path) -> str:
-    """The command that continues this very trial from its last checkpoint, or starts it anew without one."""
-    return _command(run_dir, "recover.mode=auto")
-
-
-def _command(run_dir: Path, *overrides: str) -> str:
-    config = shlex.quote(str(run_dir / "config.yaml"))
-    return " ".join([f"dpo-kit train --config {config}", *overrides, *halving.overrides(run_dir)])
+    """The command that continues this very folder from its last checkpoint, or starts it anew without one."""
+    return f"dpo-kit runs resume {shlex.quote(str(run_dir))}"
 
 
 def write_commands(run_dir: Path) -> None:

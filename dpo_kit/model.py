@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dpo_kit import attention, blocks
+from dpo_kit import attention, blocks, commit
 from dpo_kit.costs import Shape
 from dpo_kit.errors import UserError
 from dpo_kit.files import atomic_write, read_json
@@ -306,14 +304,15 @@ def export(
         if world.is_main:
             state[name.removeprefix("lm.")] = whole.detach().to("cpu", dtype)
     if world.is_main:
-        _write_folder(model.lm, state, folder, tokenizer, dtype, end_token_id, card)
+        with commit.replaced(folder) as part:
+            _write_files(model.lm, state, part, tokenizer, dtype, end_token_id, card)
     world.barrier()
 
 
-def _write_folder(
+def _write_files(
     lm: Any,
     state: dict[str, Tensor],
-    folder: Path,
+    part: Path,
     tokenizer: Any,
     dtype: torch.dtype,
     end_token_id: int,
@@ -322,8 +321,6 @@ def _write_folder(
     from huggingface_hub import save_torch_state_dict
     from transformers import AutoConfig, GenerationConfig
 
-    part = folder.with_name(f".{folder.name}-{os.getpid()}.part")
-    part.mkdir(parents=True, exist_ok=True)
     save_torch_state_dict(state, part, metadata={"format": "pt"})
     config = AutoConfig.for_model(**{**lm.config.to_dict(), "dtype": str(dtype).removeprefix("torch.")})
     config.architectures = [type(lm).__name__]
@@ -337,8 +334,3 @@ def _write_folder(
     tokenizer.save_pretrained(part)
     if card:
         (part / "README.md").write_text(card, encoding="utf-8")
-    old = folder.with_name(f".{folder.name}-{os.getpid()}.old")
-    if folder.exists():
-        folder.rename(old)
-    part.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from dpo_kit import records as run_records
+from dpo_kit import history
 from dpo_kit.errors import UserError
 
 if TYPE_CHECKING:
@@ -200,7 +200,7 @@ def _named(runs: Any) -> list[tuple[str, Records]]:
         if isinstance(run, tuple):
             out.append((str(run[0]), list(run[1])))
         else:
-            out.append((str(run.name), run_records.read_metrics(run.dir)))
+            out.append((str(run.name), history.read_metrics(run.dir)))
     return out
 
 

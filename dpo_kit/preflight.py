@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from dpo_kit import builtin, memory, room
+from dpo_kit import builtin, commit, memory, room
 from dpo_kit.config import Config, parse_backend
 from dpo_kit.costs import Shape
 from dpo_kit.errors import ConfigError, UserError
@@ -102,20 +102,25 @@ def check_memory(config: Config) -> None:
 
 
 def check_disk(config: Config) -> None:
-    """Refuses a run whose checkpoints and final model do not fit on the disk."""
+    """Refuses a run whose checkpoints, exports and final model do not fit on the disk, beside those it has already."""
     shape = _shape(config)
     if shape is None:
         return
-    number, root = memory.checkpoints_at_once(config), Path(config.cluster.fileroot)
+    root, there = Path(config.cluster.fileroot), 0
+    if config.trial_name is not None:
+        there = len(commit.steps(root / config.experiment_name / config.trial_name / "checkpoints"))
+    number = max(0, memory.checkpoints_at_once(config) - there)
     checkpoints = number * memory.checkpoint_bytes(shape, config)
-    model = shape.params * memory.DTYPE_BYTES[config.actor.dtype]
+    exports = 1 + config.saver.best  # more when `saver` has a frequency, which only the data tell how often
+    models = exports * shape.params * memory.DTYPE_BYTES[config.actor.dtype]
     free = room.free_disk(root)
-    if checkpoints + model > free:
+    if checkpoints + models > free:
         raise ConfigError(
             [
-                f"cluster.fileroot = {str(root)!r}: {number} checkpoint{'s' * (number > 1)} and the model need"
-                f" {(checkpoints + model) / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free; use"
-                " recover.keep=1, free space (dpo-kit runs prune, dpo-kit cache rm), or another cluster.fileroot"
+                f"cluster.fileroot = {str(root)!r}: {number} checkpoint{'s' * (number != 1)} and {exports} model"
+                f"{'s' * (exports > 1)} need {room.size_text(checkpoints + models)}, and {room.size_text(free)} are"
+                " free; use recover.keep=1, free space (dpo-kit runs prune, dpo-kit cache rm), or another"
+                " cluster.fileroot"
             ]
         )
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dpo_kit import records
+from dpo_kit import commit, history, records
 from dpo_kit.config import Config
 from dpo_kit.files import atomic_write, read_json, to_json
 from dpo_kit.parallel import World
@@ -32,11 +32,14 @@ class Recorder:
         self.step: int | None = None  # the one at hand
         self.tensorboard: Any = None
 
-    def resume(self, step: int) -> None:
+    def resume(self, step: int, *, owes_evaluation: bool = False) -> None:
         """Takes up after `step` (0: the beginning): what an interrupted attempt recorded beyond it is removed."""
         if not self.world.is_main:
             return
-        records.cut_records(self.run_dir, step)
+        for place in (self.run_dir, self.run_dir / "exports"):
+            commit.mend(place)
+        for note in history.cut_records(self.run_dir, step, owes_evaluation=owes_evaluation):
+            self.tell(note)
         if self.config.stats_logger.tensorboard:
             self.tensorboard = _tensorboard(self.run_dir, step)
 
@@ -54,6 +57,12 @@ class Recorder:
             self.shown = (phase, now)
             self.flush()
 
+    def tell(self, note: str) -> None:
+        """Says something to whoever watches the run: in the log, and in its status; rank 0 does."""
+        if self.world.is_main:
+            print(note, flush=True)
+            records.write_progress(self.run_dir, phase=self.phase, note=note)
+
     def flush(self) -> None:
         """Shows what `progress` held back, so that a run that ends early says at which step."""
         if self.world.is_main and self.untold:
@@ -64,7 +73,7 @@ class Recorder:
         """Appends one line to `metrics.jsonl` and to the TensorBoard events."""
         if not self.world.is_main:
             return
-        records.append_metrics(self.run_dir, values)
+        history.append_metrics(self.run_dir, values)
         if self.tensorboard:
             for name, value in values.items():
                 if name != "step" and value is not None:

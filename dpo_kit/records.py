@@ -25,12 +25,12 @@ import random
 import shutil
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from dpo_kit.errors import UserError
-from dpo_kit.files import atomic_write, read_json, to_json, told
+from dpo_kit.files import atomic_write, read_json, to_json
 from dpo_kit.processes import is_alive
 from dpo_kit.redaction import redact
 
@@ -45,6 +45,7 @@ PHASES = (
     "evaluation",
     "first step",
     "training",
+    "checkpoint",
     "export",
     "samples",
 )
@@ -55,9 +56,23 @@ REMOTE_HEARTBEAT_S = 60.0
 _ADJECTIVES = "amber bold brave calm clever eager fair gentle keen lively merry quick quiet steady sunny warm"
 _ANIMALS = "badger crane falcon finch fox heron lark lynx marten otter owl plover raven robin swift wren"
 # Written by a run while it works: removed when a trial starts anew (see `clear`).
-_WORK_FILES = ("metrics.jsonl", "progress.json", "stop.json", "samples.jsonl", "data.json")
+_WORK_FILES = (
+    "metrics.jsonl",
+    "metrics.jsonl.damaged",
+    "progress.json",
+    "stop.json",
+    "samples.jsonl",
+    "data.json",
+)
 _WORK_FOLDERS = ("logs", "evaluations", "tensorboard", "exports", "model")
-# Of these, what the ranks do not write, or what tells why an attempt ended.
+# What was trained or measured is set aside there when a trial starts anew, one folder an attempt.
+EARLIER = "earlier"
+_WORTH_KEEPING = ("metrics.jsonl", "exports", "model")
+_MISSING = object()
+_ABANDONED_S = 3600.0
+# Given up when the disk is full, so that the last word of a run can still be written.
+_RESERVE, _RESERVE_BYTES = ".reserve", 64 * 2**10
+# Of the work files, what the ranks do not write, or what tells why an attempt ended.
 _KEPT_BETWEEN_ATTEMPTS = ("progress.json", "stop.json", "data.json", "logs")
 
 
@@ -107,8 +122,16 @@ def run_folder(fileroot: Path, experiment: str, trial: str) -> Path:
     return folder / trial
 
 
-def create(fileroot: Path, experiment: str, trial: str | None, *, config_text: str, manifest: dict) -> Path:
-    """Makes a run folder in state `queued`, with nothing left behind when that fails.
+def create(
+    fileroot: Path,
+    experiment: str,
+    trial: str | None,
+    *,
+    config_text: str,
+    manifest: dict,
+    fill: Callable[[Path], None] | None = None,
+) -> Path:
+    """Makes a run folder in state `queued`: written beside and renamed, with nothing left behind when that fails.
 
     Args:
         fileroot: root of all runs; made when it is missing.
@@ -117,33 +140,38 @@ def create(fileroot: Path, experiment: str, trial: str | None, *, config_text: s
         config_text: the resolved configuration, written as `config.yaml`. `{trial_name}` in it is not
             replaced: name the trial first (`fresh_trial_name`) where the text must carry it.
         manifest: written as `manifest.json`.
+        fill: adds to the folder before it gets its name.
 
     Raises:
         UserError: a name is not allowed, or the folder exists.
     """
     while True:
         folder = run_folder(fileroot, experiment, fresh_trial_name() if trial is None else trial)
+        staged = folder.with_name(f".{folder.name[:150]}-{os.getpid()}.part")
         try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            folder.mkdir()
-            break
-        except FileExistsError:
+            for left in [staged, *folder.parent.glob(".*.part")]:  # of a launcher that was killed here
+                if left == staged or (left.exists() and time.time() - left.stat().st_mtime > _ABANDONED_S):
+                    shutil.rmtree(left, ignore_errors=True)
+            staged.mkdir(parents=True)
+            (staged / "logs").mkdir()
+            atomic_write(staged / "config.yaml", config_text)
+            atomic_write(staged / "manifest.json", to_json(manifest, indent=2))
+            reset_status(staged)
+            if fill is not None:
+                fill(staged)
+            staged.rename(folder)  # onto an empty folder, too; onto anything else it fails
+            return folder
+        except BaseException as error:
+            remove_folder(staged)
+            if not isinstance(error, OSError):
+                raise
+            if not folder.exists():
+                raise UserError(
+                    f"cluster.fileroot = {str(fileroot)!r}: {folder} cannot be made ({error.strerror}); give a folder"
+                    " that can be written"
+                ) from None
             if trial is not None:
                 raise UserError(f"trial_name = {trial!r}: {folder} exists; use another name") from None
-        except OSError as error:
-            raise UserError(
-                f"cluster.fileroot = {str(fileroot)!r}: {folder} cannot be made ({error.strerror}); give a folder"
-                " that can be written"
-            ) from None
-    try:
-        (folder / "logs").mkdir()
-        atomic_write(folder / "config.yaml", config_text)
-        atomic_write(folder / "manifest.json", to_json(manifest, indent=2))
-        reset_status(folder)
-    except BaseException:
-        remove_folder(folder)
-        raise
-    return folder
 
 
 def remove_folder(run_dir: Path) -> None:
@@ -154,14 +182,15 @@ def remove_folder(run_dir: Path) -> None:
         run_dir.parent.parent.rmdir()
 
 
-def clear(run_dir: Path) -> list[str]:
-    """Removes what an earlier attempt wrote, so that the trial starts anew; names what it removed.
+def clear(run_dir: Path) -> str:
+    """Clears away what an earlier attempt wrote, so that the trial starts anew; says what became of it.
 
-    `config.yaml`, `manifest.json`, `budget.json`, `checkpoints/` and the lock stay.
+    What was trained or measured is set aside in `earlier/`. `config.yaml`, `manifest.json`, `budget.json`,
+    `checkpoints/` and the lock stay.
     """
-    removed = _remove(run_dir, (*_WORK_FILES, *_WORK_FOLDERS))
+    told = _set_aside(run_dir, (*_WORK_FILES, *_WORK_FOLDERS))
     (run_dir / "logs").mkdir(exist_ok=True)
-    return removed
+    return told
 
 
 def clear_requests(run_dir: Path) -> None:
@@ -177,28 +206,32 @@ def clear_errors(run_dir: Path) -> None:
         error.unlink()
 
 
-def clear_training(run_dir: Path) -> list[str]:
-    """Removes what the ranks recorded, so that the same supervisor may start them anew; names what it removed.
+def clear_training(run_dir: Path) -> str:
+    """Clears away what the ranks recorded, so that the same supervisor may start them anew; says what became of it.
 
     Pairs, logs, requests to stop and the time that the phases took stay; the errors of ranks do not.
     """
     names = (*_WORK_FILES, *_WORK_FOLDERS)
-    removed = _remove(run_dir, [name for name in names if name not in _KEPT_BETWEEN_ATTEMPTS])
+    told = _set_aside(run_dir, [name for name in names if name not in _KEPT_BETWEEN_ATTEMPTS])
     clear_errors(run_dir)
-    return removed
+    return told
 
 
-def _remove(run_dir: Path, names: Iterable[str]) -> list[str]:
-    removed = []
-    for path in (run_dir / name for name in names):
-        if path.is_dir():
-            if any(path.iterdir()):
-                removed.append(f"{path.name}/")
-            shutil.rmtree(path, ignore_errors=True)
-        elif path.exists():
-            path.unlink()
-            removed.append(path.name)
-    return removed
+def _set_aside(run_dir: Path, names: Iterable[str]) -> str:
+    """Moves what a run wrote to `earlier/attempt-N/`, or removes it when there is nothing in it worth keeping."""
+    there = [run_dir / name for name in names if (run_dir / name).exists()]
+    full = [path for path in there if not path.is_dir() or any(path.iterdir())]
+    if not any(path.name in _WORTH_KEEPING for path in full):
+        for path in there:
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+        return ""
+    number = read_status(run_dir).get("attempt") or 1
+    while (aside := run_dir / EARLIER / f"attempt-{number}").exists():
+        number += 1
+    aside.mkdir(parents=True)
+    for path in there:
+        path.rename(aside / path.name)
+    return f"what it had made is kept in {EARLIER}/{aside.name}"
 
 
 def list_runs(fileroot: Path) -> list[Path]:
@@ -227,9 +260,10 @@ def _created_at(run_dir: Path) -> float:
 # ---------------------------------------------------------------- status
 
 
-def reset_status(run_dir: Path) -> dict[str, Any]:
-    """Writes the status of a run that waits for its supervisor."""
+def reset_status(run_dir: Path, **fields: Any) -> dict[str, Any]:
+    """Writes the status of a run that waits for its supervisor; `fields` are what it knows already."""
     now, before = time.time(), read_status(run_dir)
+    attempt = before.get("attempt")
     status: dict[str, Any] = {
         "state": "queued",
         "step": 0,
@@ -240,7 +274,7 @@ def reset_status(run_dir: Path) -> dict[str, Any]:
         "phase_started_at": None,
         "phase_expected_s": None,
         "created_at": now,
-        "attempt": before.get("attempt", 0) + 1,
+        "attempt": attempt + 1 if isinstance(attempt, int) else 1,
         "started_at": None,
         "updated_at": now,
         "ended_at": None,
@@ -249,14 +283,32 @@ def reset_status(run_dir: Path) -> dict[str, Any]:
         "ranks": [],
         "message": "",
         "phases": [],
+        **fields,
     }
     atomic_write(run_dir / "status.json", to_json(status, indent=1))
     return status
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:
-    """What the supervisor wrote last, as it stands (see `settle` for a run whose supervisor is gone)."""
-    return read_json(Path(run_dir) / "status.json", {}) or {}
+    """What the supervisor wrote last, as it stands (see `settle` for a run whose supervisor is gone).
+
+    A file that is damaged is the status of a failed run: what else is in the folder can still be used.
+    """
+    path = Path(run_dir) / "status.json"
+    try:
+        status = read_json(path, _MISSING)
+    except UserError as error:
+        return {"state": "failed", "message": str(error)}
+    if status is _MISSING:
+        return {}
+    times = ("created_at", "updated_at", "started_at", "ended_at", "step", "total_steps", "attempt")
+    is_whole = isinstance(status, dict) and status.get("state") in STATES
+    if not (is_whole and all(isinstance(status.get(key, 0), (int, float, type(None))) for key in times)):
+        return {
+            "state": "failed",
+            "message": f"{path} holds no state of a run; it was changed outside the kit",
+        }
+    return status
 
 
 def update_status(run_dir: Path, **fields: Any) -> dict[str, Any]:
@@ -265,6 +317,17 @@ def update_status(run_dir: Path, **fields: Any) -> dict[str, Any]:
     durable = fields.get("state") in ENDED
     atomic_write(Path(run_dir) / "status.json", to_json(status, indent=1), durable=durable)
     return status
+
+
+def reserve_room(run_dir: Path) -> None:
+    """Sets some bytes of the disk aside, which `free_reserve` gives back."""
+    with contextlib.suppress(OSError):
+        (Path(run_dir) / _RESERVE).write_bytes(b"\0" * _RESERVE_BYTES)
+
+
+def free_reserve(run_dir: Path) -> None:
+    """Gives back what `reserve_room` set aside: there is room for a last word on a full disk."""
+    (Path(run_dir) / _RESERVE).unlink(missing_ok=True)
 
 
 def is_live(status: dict[str, Any]) -> bool:
@@ -302,6 +365,7 @@ def write_progress(
     expected_s: float | None = None,
     step: int | None = None,
     total_steps: int | None = None,
+    note: str | None = None,
 ) -> None:
     """Says where the work is; the process that does the work calls it (rank 0, prepare, samples).
 
@@ -317,6 +381,7 @@ def write_progress(
         expected_s: expected seconds of the whole phase; None leaves that to earlier runs.
         step: optimizer steps done.
         total_steps: optimizer steps of the run.
+        note: what whoever watches the run should know, in one line.
     """
     assert phase in PHASES, phase
     path = Path(run_dir) / "progress.json"
@@ -343,6 +408,7 @@ def write_progress(
         "started_done": started_done,
         "updated_at": now,
         "phases": phases,
+        "note": old.get("note") if note is None else note,
     }
     atomic_write(path, to_json(progress), durable=False)
 
@@ -354,64 +420,6 @@ def add_seconds(phases: list[dict], name: str | None, seconds: float) -> list[di
     old = next((phase for phase in phases if phase["name"] == name), {"seconds": 0.0, "times": 0})
     new = {"name": name, "seconds": round(old["seconds"] + seconds, 3), "times": old["times"] + 1}
     return [new if phase is old else phase for phase in phases] + ([] if old in phases else [new])
-
-
-# ---------------------------------------------------------------- metrics
-
-
-def append_metrics(run_dir: Path, record: dict[str, Any]) -> None:
-    """Adds one line to `metrics.jsonl`; NaN and infinities become null. A torn last line is cut first."""
-    line = to_json(record).encode("utf-8") + b"\n"
-    path = Path(run_dir) / "metrics.jsonl"
-    try:
-        with open(path, "ab+") as file:
-            _cut_torn_tail(file)
-            file.write(line)
-    except OSError as error:
-        raise told(error, path) from None
-
-
-def _cut_torn_tail(file: Any) -> None:
-    end = file.seek(0, os.SEEK_END)
-    if end == 0:
-        return
-    file.seek(end - 1)
-    if file.read(1) == b"\n":
-        return
-    file.seek(0)
-    file.truncate(file.read().rfind(b"\n") + 1)
-
-
-def cut_records(run_dir: Path, step: int) -> None:
-    """Removes metrics and evaluations of later steps than `step`, and a torn last line; all of them before a start."""
-    path = Path(run_dir) / "metrics.jsonl"
-    kept = [record for record in read_metrics(run_dir) if step and record["step"] <= step]
-    text = "".join(to_json(record) + "\n" for record in kept)
-    if path.exists() and path.read_bytes() != text.encode("utf-8"):
-        atomic_write(path, text)
-    for file in (Path(run_dir) / "evaluations").glob("step-*.jsonl"):
-        if int(file.stem.removeprefix("step-")) > step:
-            file.unlink()
-
-
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The records of `metrics.jsonl`, in order; a last line without its end is not there yet.
-
-    Raises:
-        UserError: a line before the last is not JSON.
-    """
-    path = Path(run_dir) / "metrics.jsonl"
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
-        return []
-    records = []
-    for number, line in enumerate(lines[:-1], start=1):
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            raise UserError(f"{path} line {number} is not JSON; it was changed outside the kit") from None
-    return records
 
 
 # ---------------------------------------------------------------- asking a run to stop
@@ -476,4 +484,6 @@ def write_rank_error(
 def read_rank_errors(run_dir: Path) -> list[dict[str, Any]]:
     """What failing processes of the run left, the earliest (the cause of the others) first."""
     errors = [read_json(path) for path in (Path(run_dir) / "logs").glob("*.error.json")]
-    return sorted((error for error in errors if error), key=lambda error: error["at"])
+    return sorted(
+        (error for error in errors if isinstance(error, dict)), key=lambda error: error.get("at", 0.0)
+    )

@@ -10,10 +10,11 @@ token is data, and its text is shown. The notebook that papermill writes holds t
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 SHOWN = "[redacted]"
@@ -52,15 +53,18 @@ def _environment() -> Iterator[tuple[str, str]]:
             yield name, value
 
 
-class _Redacted:
-    """A text stream that redacts what is written to it, write by write."""
+class _Filtered:
+    """A text stream whose text goes through functions first, write by write."""
 
-    def __init__(self, stream: TextIO):
-        self._stream = stream
+    def __init__(self, stream: TextIO, *filters: Callable[[str], str]):
+        self._stream, self._filters = stream, filters
 
     def write(self, text: str) -> int:
-        self._stream.write(redact(text))
-        return len(text)
+        size = len(text)
+        for function in self._filters:
+            text = function(text)
+        self._stream.write(text)
+        return size
 
     def writelines(self, lines: Any) -> None:
         for line in lines:
@@ -70,7 +74,18 @@ class _Redacted:
         return getattr(self._stream, name)
 
 
-def guard_output() -> None:
-    """From here on, what this process prints (its log) shows no secret."""
-    if not isinstance(sys.stdout, _Redacted):
-        sys.stdout, sys.stderr = _Redacted(sys.stdout), _Redacted(sys.stderr)  # type: ignore[assignment]
+def guard_output(*filters: Callable[[str], str]) -> None:
+    """From here on, what this process prints (its log) shows no secret, and goes through `filters`."""
+    streams = [_Filtered(stream, redact, *filters) for stream in (sys.stdout, sys.stderr)]
+    sys.stdout, sys.stderr = streams  # type: ignore[assignment]
+
+
+@contextlib.contextmanager
+def guarded_output(*filters: Callable[[str], str]) -> Iterator[None]:
+    """`guard_output` for a while."""
+    before = sys.stdout, sys.stderr
+    guard_output(*filters)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before

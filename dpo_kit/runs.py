@@ -19,12 +19,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpo_kit import commit, locks, manifest, owners, records, supervisor, watch
+from dpo_kit import commit, halving, history, identity, locks, manifest, owners, records, supervisor, watch
 from dpo_kit import config as config_module
 from dpo_kit.config import Config
-from dpo_kit.display import plain_table, table
+from dpo_kit.display import table
 from dpo_kit.errors import RunError, UserError
-from dpo_kit.files import atomic_write, read_json
+from dpo_kit.files import atomic_write, read_json, to_json
 from dpo_kit.room import size_of, size_text
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Run:
 
     def _repr_html_(self) -> str:
         status = self.status
-        rows = [["state", watch.describe(status)], ["step", _steps(status)], ["folder", str(self.dir)]]
+        rows = [["state", watch.describe(status)], ["step", steps_text(status)], ["folder", str(self.dir)]]
         if status.get("samples"):
             rows.append(["samples", status["samples"]])
         return table(["run", self.name], rows)._repr_html_()
@@ -98,7 +98,7 @@ class Run:
             import pandas
         except ImportError as error:
             raise UserError('run.metrics() needs pandas; run: pip install "dpo-kit[notebook]"') from error
-        return pandas.DataFrame.from_records(records.read_metrics(self.dir))
+        return pandas.DataFrame.from_records(history.read_metrics(self.dir))
 
     def wait(self, timeout: float | None = None, show: bool = True) -> Run:
         """Waits for the end, showing progress: bar and live chart in a notebook, else plain lines.
@@ -173,7 +173,7 @@ class Run:
     def epitaph(self) -> str:
         """What ended the run, where its logs are, and the command that continues it."""
         status = self.status
-        where = f" at step {_steps(status)}" if status.get("step") else ""
+        where = f" at step {steps_text(status)}" if status.get("step") else ""
         lines = [f"{self.name}: {status.get('state')}{where}"]
         if status.get("message"):
             lines[0] += f": {status['message']}"
@@ -244,61 +244,6 @@ def find(text: str, fileroot: str | Path) -> Run:
     raise UserError(f"{text!r} is no run under {fileroot} and no run folder{hint}")
 
 
-# ---------------------------------------------------------------- lists
-
-
-def list_table(fileroot: str | Path) -> str:
-    """Every run under a root, newest first, as a text table."""
-    rows = []
-    for folder in reversed(records.list_runs(Path(fileroot))):
-        run = Run(folder)
-        try:
-            status = run.status
-        except UserError as error:
-            status = {"state": "unknown", "message": str(error)}
-        created = time.strftime("%Y-%m-%d %H:%M", time.localtime(status.get("created_at") or 0))
-        told = (
-            watch.describe(status)
-            if status["state"] in ("queued", "running")
-            else status.get("message") or ""
-        )
-        rows.append([run.name, status["state"], _steps(status), created, told])
-    if not rows:
-        return f"no runs under {fileroot}"
-    return plain_table(["run", "state", "step", "started", ""], rows)
-
-
-def show_text(run: Run) -> str:
-    """State, figures and places of one run."""
-    status, made = run.status, read_json(run.dir / "manifest.json", {})
-    lines = [f"{run.name}", f"  state    {watch.describe(status)}", f"  step     {_steps(status)}"]
-    last = watch.last_record(run.dir)
-    if last:
-        figures = [
-            f"{key} {last[key]:.6g}"
-            for key in ("dpo/loss", "dpo/reward_accuracy")
-            if last.get(key) is not None
-        ]
-        lines.append(f"  last     step {last['step']}: {', '.join(figures)}")
-    for phase in status.get("phases", []):
-        lines.append(f"  phase    {phase['name']}: {phase['seconds']:.1f} s")
-    for error in records.read_rank_errors(run.dir):
-        lines.append(f"  error    {error['rank']}: {error['error']}")
-    if status.get("samples"):
-        lines.append(f"  samples  {status['samples']}")
-    owner = locks.lock_owner(run.dir)
-    if owner:
-        lines.append(f"  process  supervisor {owner['pid']} on {owner['host']}; ranks {status.get('ranks')}")
-        lines.append(f"  stop     dpo-kit runs stop {run.dir}")
-    versions = made.get("versions", {})
-    lines.append(f"  made by  {', '.join(f'{name} {version}' for name, version in versions.items())}")
-    lines.append(f"  repeat   {manifest.repeat_command(run.dir)}")
-    if status.get("state") not in ("done", "queued", "running"):
-        lines.append(f"  continue {run.continue_command()}")
-    lines.append(f"  folder   {run.dir} ({size_text(size_of(run.dir))})")
-    return "\n".join(lines)
-
-
 def remove(run: Run, yes: bool = False) -> bool:
     """Removes a run's folder, when told so; says what it removes and how large that is.
 
@@ -319,7 +264,8 @@ def remove(run: Run, yes: bool = False) -> bool:
     return True
 
 
-def _steps(status: dict[str, Any]) -> str:
+def steps_text(status: dict[str, Any]) -> str:
+    """`8 of 48`."""
     total = status.get("total_steps")
     return f"{status.get('step') or 0}" + (f" of {total}" if total else "")
 
@@ -327,36 +273,76 @@ def _steps(status: dict[str, Any]) -> str:
 # ---------------------------------------------------------------- supervisors
 
 
-def begin_anew(run: Run, files: dict[str, str] | None = None) -> None:
-    """Queues an ended run again; without a checkpoint, what the attempt left is removed, and so says.
+def begin_anew(run: Run, config: Config | None = None, made: dict[str, Any] | None = None) -> None:
+    """Queues an ended run again; without a checkpoint it starts anew, and what it had made is set aside.
 
     Args:
         run: a run that is not live.
-        files: names and contents to replace in the folder (`config.yaml`, `manifest.json`).
+        config: the configuration to go on with; its own when left out.
+        made: the manifest that goes with it.
 
     Raises:
-        UserError: somebody else is about to run it.
+        UserError: somebody else is about to run it, or its files do not allow it; nothing was changed.
     """
+    sweep(run)
     with locks.lock(run.dir):
         before = records.read_status(run.dir)
         if records.is_live(before):
             raise UserError(
                 f"{run.name} is being started by another process; see `dpo-kit runs show {run.name}`"
             )
+        if config is None:
+            _check_files(run)
         kept = run.checkpoints()
-        removed = []
-        if kept:
+        is_trained = bool(before.get("trained")) and (run.dir / "model").is_dir() and _is_same(run, config)
+        told = ""
+        if kept or is_trained:
             records.clear_requests(run.dir)
         else:
-            removed = records.clear(run.dir)
-        for name, content in (files or {}).items():
-            atomic_write(run.dir / name, content)
-        records.reset_status(run.dir)
-    left = (
-        f"; removed of the earlier attempt ({_steps(before)} steps): {', '.join(removed)}" if removed else ""
-    )
-    how = f"goes on from checkpoint step-{kept[-1]}" if kept else f"has no checkpoint and starts anew{left}"
+            told = records.clear(run.dir)
+        if config is not None:
+            atomic_write(run.dir / "config.yaml", config_module.to_yaml(config))
+            atomic_write(run.dir / "manifest.json", to_json(made, indent=2))
+        fields = {key: before.get(key) for key in ("step", "total_steps")} | {"trained": True}
+        records.reset_status(run.dir, **(fields if is_trained else {"step": kept[-1]} if kept else {}))
+    if is_trained:
+        how = "is trained; what is left is done now"
+    elif kept:
+        how = f"goes on from its last checkpoint, step-{kept[-1]}"
+    else:
+        how = "has no checkpoint and starts anew" + (f" ({steps_text(before)} steps): {told}" if told else "")
     print(f"{run.name} {how}", flush=True)
+
+
+def sweep(run: Run) -> None:
+    """Clears away what a killed run left half-written; it may be what fills the disk."""
+    if not run.is_live and not locks.lock_owner(run.dir):
+        commit.sweep(run.dir / "checkpoints")
+        for place in (run.dir, run.dir / "exports"):
+            commit.mend(place)
+
+
+def _check_files(run: Run) -> None:
+    """Reads what a run needs to go on, so that nothing is touched when it cannot."""
+    config = run.config
+    halving.read(run.dir)
+    made = read_json(run.dir / "manifest.json", {})
+    if made.get("parent") and not run.checkpoints():
+        parent = made["parent"]
+        raise UserError(
+            f"{run.name} is a fork of {parent.get('run')} at step {parent.get('step')}, and has no checkpoint any more;"
+            f" fork again: dpo-kit runs fork {parent.get('folder')}"
+        )
+    config_module.check(config)
+
+
+def _is_same(run: Run, config: Config | None) -> bool:
+    """Whether a configuration means the run that the folder holds."""
+    if config is None:
+        return True
+    before, now = config_module.to_tree(run.config), config_module.to_tree(config)
+    length = {key: text for key, text in identity.differences(before, now).items() if key in identity.LENGTH}
+    return not identity.changed(before, now) and not length
 
 
 def start_supervisor(run: Run, owner: str | None = None) -> None:

@@ -81,6 +81,8 @@ def supervise(
     session.known = watch.expected_seconds(Path(config.cluster.fileroot), session.kind)
     modules = (prepare_module, worker_module, samples_module)
     with locks.lock(run_dir), _signals(session):
+        records.reserve_room(run_dir)
+        (run_dir / "logs").mkdir(exist_ok=True)
         state, message, mistake = _guarded(session, modules)
         first = records.read_status(run_dir).get("attempt") == 1
         if foreground and mistake and first and not session.started_ranks:
@@ -112,6 +114,24 @@ def _run(
     look(session)
     if session.stop:
         return session.stop, "before it began", False
+    if not status.get("trained"):  # else an earlier attempt was ended while it made the samples
+        ended = _prepare_and_train(session, prepare_module, worker_module)
+        if ended:
+            return ended
+        records.update_status(session.run_dir, trained=True)
+    _make_samples(session, samples_module)
+    if told := manifest.repetition(session.run_dir):
+        records.update_status(session.run_dir, repetition=told)
+        if session.lines:
+            session.lines.write(told)
+    note = (records.read_json(session.run_dir / "progress.json", {}) or {}).get("note")
+    return "done", _halved(session) or note or "", False
+
+
+def _prepare_and_train(
+    session: Session, prepare_module: str, worker_module: str
+) -> tuple[str, str, bool] | None:
+    """How the run ended, as `_run` gives it; None when the model is trained and written."""
     code = _run_child(session, prepare_module, "prepare")
     if session.stop:
         return session.stop, "before training; nothing was lost", False
@@ -123,12 +143,7 @@ def _run(
         return "failed", failed.message, failed.mistake
     if codes[0] != 0:
         return session.stop or "preempted", _how_stopped(session, codes), False
-    _make_samples(session, samples_module)
-    if told := manifest.repetition(session.run_dir):
-        records.update_status(session.run_dir, repetition=told)
-        if session.lines:
-            session.lines.write(told)
-    return "done", _halved(session), False
+    return None
 
 
 def _how_stopped(session: Session, codes: list[int | None]) -> str:
@@ -145,7 +160,8 @@ def _how_stopped(session: Session, codes: list[int | None]) -> str:
 
 
 def _finish(session: Session, state: str, message: str) -> None:
-    """Writes the last word, tells it, and keeps the times for the next run."""
+    """Writes the last word, tells it, frees what nobody needs now, and keeps the times for the next run."""
+    records.free_reserve(session.run_dir)
     with contextlib.suppress(Exception):  # progress that cannot be read must not hide how the run ended
         merge(session)
     # The clock of the last phase is still running.
@@ -157,6 +173,11 @@ def _finish(session: Session, state: str, message: str) -> None:
         session.run_dir, state=state, message=message, ended_at=time.time(), phases=phases, ranks=[]
     )
     records.clear_stop(session.run_dir)
+    if state == "done" and session.config.recover.keep != "all":  # not before `done` is on the disk
+        checkpoints = session.run_dir / "checkpoints"
+        for step in commit.steps(checkpoints):
+            commit.discard(checkpoints / f"step-{step}")
+        commit.sweep(checkpoints)
     if state == "done" and status["attempt"] == 1:  # the time of broken attempts is nobody's expectation
         watch.remember_seconds(Path(session.config.cluster.fileroot), session.kind, phases)
     if session.lines:
@@ -213,14 +234,19 @@ def _train(session: Session, module: str) -> tuple[list[int | None], failures.Fa
             failed: failures.Failure | None = failures.Failure(told, rank=rank, cause="hung")
         else:
             failed = failures.rank_failure(session.run_dir, codes, stopping=session.stop is not None)
+        if codes[0] == 0:  # the model is written: how the others take their leave is no matter
+            return codes, None
         if failed is None or session.stop:
             return codes, failed
-        if failed.out_of_memory is not None:
-            failed = _halve(session, failed, failed.out_of_memory)
-        else:
-            failed = _retry(session, failed)
-        if failed:
-            return codes, failed
+        try:
+            if failed.out_of_memory is not None:
+                given_up = _halve(session, failed, failed.out_of_memory)
+            else:
+                given_up = _retry(session, failed)
+        except OSError:  # a full disk: what made the ranks fail is the better word
+            given_up = failed
+        if given_up:
+            return codes, given_up
 
 
 def _halve(session: Session, failed: failures.Failure, where: dict[str, Any]) -> failures.Failure | None:
@@ -271,7 +297,7 @@ def _rewind(session: Session, told: str, how: str) -> None:
     else:
         records.clear_training(session.run_dir)
     step = found[-1] if found else 0
-    records.write_progress(session.run_dir, phase="start ranks", step=step)
+    records.write_progress(session.run_dir, phase="start ranks", step=step, note="")
     told = f"{told}; going on from {f'checkpoint step-{step}' if found else 'the start'} {how}"
     attempt = records.read_status(session.run_dir).get("attempt", 1) + 1
     records.update_status(session.run_dir, attempt=attempt, step=step, ranks=[], message=told)

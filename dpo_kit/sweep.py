@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dpo_kit import analysis, display, launch, records
+from dpo_kit import analysis, display, history, launch, records
 from dpo_kit import config as configs
 from dpo_kit.config import Config
 from dpo_kit.errors import ConfigError, RunError, UserError
@@ -55,7 +55,7 @@ class Trial:
 
     @property
     def records(self) -> list[dict[str, Any]]:
-        return records.read_metrics(self.run.dir) if self.run else []
+        return history.read_metrics(self.run.dir) if self.run else []
 
 
 def axes(**lists: Any) -> dict[str, list[Any]]:

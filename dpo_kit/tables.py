@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo_kit import analysis, baselines, builtin, display, preferences, ranking, records
+from dpo_kit import analysis, baselines, builtin, display, history, preferences, ranking, records
 from dpo_kit.config import Config
 from dpo_kit.display import Html
 from dpo_kit.errors import UserError
@@ -29,7 +29,7 @@ _MOST_FITTED = 5000  # training pairs that the rules on one feature are fitted o
 def reading(run: Run) -> Html:
     """The curves of a run in words."""
     actor = run.config.actor
-    lines = analysis.reading(records.read_metrics(run.dir), loss_type=actor.loss_type, beta=actor.beta)
+    lines = analysis.reading(history.read_metrics(run.dir), loss_type=actor.loss_type, beta=actor.beta)
     return display.stack(*(display.paragraph(line) for line in lines))
 
 
@@ -42,7 +42,7 @@ def phases_table(run: Run) -> Html:
 
 def steps_table(run: Run, most: int = 12) -> Html:
     """Loss and rewards over the steps; with more than `most` steps an even choice of them."""
-    lines = analysis.training_lines(records.read_metrics(run.dir))
+    lines = analysis.training_lines(history.read_metrics(run.dir))
     picked = (
         sorted({round(i) for i in np.linspace(0, len(lines) - 1, min(most, len(lines)))}) if lines else []
     )

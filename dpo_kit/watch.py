@@ -30,6 +30,7 @@ GUESSES_S = {
     "evaluation": 40.0,
     "first step": 10.0,
     "training": 120.0,
+    "checkpoint": 10.0,
     "export": 10.0,
     "samples": 45.0,
 }

@@ -28,6 +28,7 @@ from dpo_kit import (
     engine,
     halving,
     hangs,
+    history,
     loading,
     manifest,
     memory,
@@ -88,15 +89,16 @@ def _run(run_dir: Path, config: Config, world: World, recorder: Recorder, should
     settle_budget(run_dir, state, free)
     recorder.write_weights(loading.prepare_reference(state, Path(config.cluster.fileroot)))
     optimizer = engine.make_optimizer(state)
-    keeper = Keeper(run_dir, state, optimizer)
+    keeper = Keeper(run_dir, state, optimizer, recorder)
     facts = keeper.resume()
-    recorder.resume(facts["step"])
+    recorder.resume(facts["step"], owes_evaluation=facts["owes_evaluation"])
     tokenizer = builtin.load_tokenizer(builtin.ensure(config.tokenizer_path or config.actor.path))
     end_token_id = int(train.pair(0).chosen_ids[-1])
     dtype = DTYPES[config.actor.dtype]
 
     def save(folder: Path) -> None:
-        text = card.model_card(config, records.read_metrics(run_dir)) if world.is_main else ""
+        recorder.progress("export")
+        text = card.model_card(config, history.read_metrics(run_dir)) if world.is_main else ""
         model.export(
             state.policy, folder, tokenizer, world, dtype=dtype, end_token_id=end_token_id, card=text
         )
@@ -120,11 +122,9 @@ def _run(run_dir: Path, config: Config, world: World, recorder: Recorder, should
         )
     finally:
         recorder.flush()
-    recorder.progress("export")
     if config.recover.keep == "all":
         keeper.save(last)
     save(run_dir / "model")
-    keeper.finish()
 
 
 def check_micro_batch(config: Config, train: PairStore) -> None:

@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from dpo_kit import commit, halving, hangs, records
+from dpo_kit import commit, halving, hangs, history, records
 from dpo_kit.errors import DataError
 
 
@@ -43,7 +43,8 @@ def act(run_dir, part, action, rank):
     elif name == "checkpoint":
         folder = run_dir / "checkpoints" / f"step-{arguments[0]}"
         staged = commit.stage(folder)
-        commit.seal(staged, folder, {})
+        (staged / "data").write_text("weights")
+        commit.seal(staged, folder, commit.hashes(staged, ["data"]))
     elif name == "attempts":  # one list of actions for each attempt; the last one for those that follow
         number = records.read_status(run_dir)["attempt"]
         for inner in arguments[min(number, len(arguments)) - 1]:
@@ -80,7 +81,7 @@ def train(run_dir, rank, steps, step_s):
         time.sleep(step_s)
         if rank == 0:
             record = {"step": step, "dpo/loss": 0.7 - 0.01 * step, "dpo/reward_accuracy": 0.5}
-            records.append_metrics(run_dir, record)
+            history.append_metrics(run_dir, record)
             records.write_progress(run_dir, phase="training", done=step, total=steps)
         if asked:
             if rank == 0:

@@ -47,7 +47,7 @@ class Fakes:
         return config_module.from_tree(TREE, overrides, root=self.root)
 
     def folders(self):
-        return sorted(str(path.relative_to(self.fileroot)) for path in self.fileroot.glob("[!.]*/*"))
+        return sorted(str(path.relative_to(self.fileroot)) for path in self.fileroot.glob("[!.]*/[!.]*"))
 
     def pids(self):
         return [int(path.read_text() or 0) for path in self.fileroot.glob("*/*/pid-*")]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import time
+
 import pytest
 
 from dpo_kit import cleanup, cli, commit, records, room, runs
@@ -51,18 +54,22 @@ def test_caches_are_listed_and_removed_by_name(tmp_path, capsys):
         folder = tmp_path / ".cache" / name
         folder.mkdir(parents=True)
         (folder / "data").write_bytes(b"x" * 2**20)
+    left = tmp_path / ".cache/pairs/.left"  # by a build that was killed yesterday
+    left.mkdir()
+    os.utime(left, (time.time() - 86_400,) * 2)
     root = ["--fileroot", str(tmp_path)]
     assert cli.main(["cache", "list", *root]) == 0
     out = capsys.readouterr().out
     assert "pairs/aa" in out
     assert "reference/bb" in out
-    assert "half" not in out
+    assert ".half" not in out
+    assert "pairs/.left" in out
     assert "2.0 MiB" in out
     assert cli.main(["cache", "rm", "pairs/zz", *root]) == 2
-    assert "has no 'pairs/zz'; it has pairs/aa, reference/bb" in capsys.readouterr().err
+    assert "has no 'pairs/zz'; it has pairs/.left, pairs/aa, reference/bb" in capsys.readouterr().err
     assert cli.main(["cache", "rm", "pairs/aa", *root]) == 1
     assert cli.main(["cache", "rm", "pairs/aa", "--yes", *root]) == 0
-    assert [item.name for item in cleanup.cache_items(tmp_path)] == ["reference/bb"]
+    assert [item.name for item in cleanup.cache_items(tmp_path)] == ["pairs/.left", "reference/bb"]
 
 
 def test_sizes_are_told_in_words():

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dpo_kit import builtin, cli, devices, records
+from dpo_kit import builtin, cli, devices, history, records
 from dpo_kit.errors import RunError
 from tests.toy_tokenizers import save_tokenizer
 
@@ -94,7 +94,7 @@ def test_train_prints_the_run_folder_last(trained):
     assert out[-1] == str(folder / "runs" / "cli" / "first")
     assert out[0] == "1 CPU rank (gloo), " + out[0].split("gloo), ")[1]
     assert records.read_status(Path(out[-1]))["state"] == "done"
-    assert [m["step"] for m in records.read_metrics(Path(out[-1]))] == [1, 2, 3]
+    assert [m["step"] for m in history.read_metrics(Path(out[-1]))] == [1, 2, 3]
 
 
 def test_a_sweep_makes_a_run_for_each_beta(trained):
@@ -471,7 +471,7 @@ def test_a_fork_without_changes_equals_its_parent(tmp_path):
     )
     times = ("step_s", "tokens_per_second", "pairs_per_second")
     mine, theirs = (
-        [{k: v for k, v in line.items() if k not in times} for line in records.read_metrics(run_dir)]
+        [{k: v for k, v in line.items() if k not in times} for line in history.read_metrics(run_dir)]
         for run_dir in (child, parent)
     )
     assert mine == theirs
@@ -493,8 +493,8 @@ def test_the_command_in_the_manifest_repeats_the_run(trained, tmp_path):
     status, out, err = call(*given, f"cluster.fileroot={tmp_path / 'elsewhere'}", "trial_name=again")
     assert (status, err) == (0, [])
     again = Path(out[-1])
-    assert [line["dpo/loss"] for line in records.read_metrics(again)] == [
-        line["dpo/loss"] for line in records.read_metrics(first)
+    assert [line["dpo/loss"] for line in history.read_metrics(again)] == [
+        line["dpo/loss"] for line in history.read_metrics(first)
     ]
     (told,) = [line for line in out if line.startswith("repeats ")]
     assert told.startswith("repeats cli/first: differs in cluster.fileroot: ")

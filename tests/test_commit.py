@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -64,9 +65,9 @@ def test_cut_and_missing_files_are_found(tmp_path, name, how):
     assert commit.newest(tmp_path)[0] is None
 
 
-def test_a_file_that_was_added_is_found(tmp_path):
-    (write(tmp_path, 2) / "more.bin").write_bytes(b"x")
-    assert commit.damage(tmp_path / "step-2") == "more.bin was added"
+def test_a_file_that_a_browser_added_is_no_damage(tmp_path):
+    (write(tmp_path, 2) / ".DS_Store").write_bytes(b"x")
+    assert commit.damage(tmp_path / "step-2") == ""
 
 
 def test_ranks_share_the_reading(tmp_path):
@@ -81,18 +82,74 @@ def test_the_newest_stay_and_removing_twice_changes_nothing(tmp_path):
     for step in (1, 2, 10, 9):
         write(tmp_path, step)
     assert commit.steps(tmp_path) == [1, 2, 9, 10]
-    assert commit.retain(tmp_path, 2) == [2, 1]
-    assert commit.retain(tmp_path, 2) == []
+    assert commit.retain(tmp_path, 2, 10) == [2, 1]
+    assert commit.retain(tmp_path, 2, 10) == []
     assert commit.steps(tmp_path) == [9, 10]
-    assert commit.retain(tmp_path, 0) == [9]  # the last one is never removed
+    assert commit.retain(tmp_path, 0, 10) == [9]  # the last one is never removed
 
 
 def test_a_damaged_one_does_not_count_as_one_that_stays(tmp_path):
     for step in (1, 2, 3):
         write(tmp_path, step)
     (tmp_path / "step-3" / "a.bin").unlink()
-    assert commit.retain(tmp_path, 1) == [1]
+    assert commit.retain(tmp_path, 1, 3) == [1]
     assert commit.newest(tmp_path)[0] == 2
+
+
+def test_later_ones_that_were_passed_over_do_not_push_out_what_was_written_now(tmp_path):
+    """Bits flipped in step 8, which sizes do not show: the run went on from 4 and wrote 5."""
+    for step in (4, 8, 5):
+        write(tmp_path, step)
+    (tmp_path / "step-8" / "a.bin").write_bytes((tmp_path / "step-8" / "a.bin").read_bytes()[::-1] + b"")
+    assert commit.retain(tmp_path, 1, 5) == [8, 4]
+    assert commit.newest(tmp_path) == (5, [])
+    assert commit.retain(tmp_path, 1, 5) == []
+
+
+def test_a_checkpoint_that_somebody_else_removed_is_removed(tmp_path):
+    commit.discard(tmp_path / "step-3")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("files", [[1], {"a": 1}, {"a": {"size": 1}}, None])
+def test_a_commit_file_that_says_something_else_is_damage(tmp_path, files):
+    target = write(tmp_path, 2)
+    text = json.dumps({"files": files}) + "\n"
+    (target / commit.COMMIT).write_bytes(commit._commit_text(text))
+    assert "COMMIT.json cannot be read" in commit.damage(target)
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path):
+    for content in ("old", "new"):
+        with commit.replaced(tmp_path / "model") as part:
+            (part / "a.txt").write_text(content)
+
+    def fail():
+        with commit.replaced(tmp_path / "model") as part:
+            (part / "a.txt").write_text("half")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert (tmp_path / "model" / "a.txt").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+    "killed", ["while it wrote", "between the renames", "before the old one was removed"]
+)
+def test_what_a_kill_left_of_a_replacement_is_mended(tmp_path, killed):
+    with commit.replaced(tmp_path / "model") as part:
+        (part / "a.txt").write_text("old")
+    if killed != "before the old one was removed":
+        (tmp_path / ".model-7.part").mkdir()
+    else:
+        (tmp_path / ".model-7.old").mkdir()
+    if killed == "between the renames":
+        (tmp_path / "model").rename(tmp_path / ".model-7.old")
+    commit.mend(tmp_path)
+    assert (tmp_path / "model" / "a.txt").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_damaged_one_makes_room_for_the_same_step(tmp_path):
@@ -119,7 +176,7 @@ from tests.test_commit import write
 folder = Path(sys.argv[1])
 for step in range(int(sys.argv[2]), 10_000):
     write(folder, step)
-    commit.retain(folder, 2)
+    commit.retain(folder, 2, step)
     print(step, flush=True)
 """
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from dpo_kit import commit, records
+from dpo_kit import commit, history
 
 KILLS = int(os.environ.get("DPO_KIT_KILLS", "5"))
 STEPS = 24
@@ -78,7 +78,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def numbers(run_dir: Path) -> list[dict]:
     times = ("step_s", "tokens_per_second", "pairs_per_second")
-    return [{k: v for k, v in line.items() if k not in times} for line in records.read_metrics(run_dir)]
+    return [{k: v for k, v in line.items() if k not in times} for line in history.read_metrics(run_dir)]
 
 
 def test_killed_runs_end_with_the_weights_of_an_undisturbed_one(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import time
 import pytest
 import yaml
 
-from dpo_kit import commit, devices, launch, records, runs
+from dpo_kit import commit, devices, forks, history, launch, records, runs
 from dpo_kit.errors import DataError, RunError, UserError
 from dpo_kit.files import read_json
 from tests.fakes import LONG
@@ -208,7 +209,7 @@ def interrupted(fakes, *overrides, step=2):
     """A stopped run with a checkpoint."""
     fakes.play([["train", 3, 0.02], ["checkpoint", step], ["train", 600, 0.1]])
     run = launch.start(fakes.config("trial_name=one", *overrides))
-    until(lambda: len(records.read_metrics(run.dir)) >= 4)
+    until(lambda: len(history.read_metrics(run.dir)) >= 4)
     run.stop()
     assert run.checkpoints() == [step]
     return run
@@ -221,8 +222,8 @@ def test_an_interrupted_trial_goes_on_from_its_checkpoint(fakes, capsys):
     assert again.wait().status["attempt"] == 2
     out = capsys.readouterr().out
     assert "its configuration changes: total_train_epochs: 1 -> 7" in out
-    assert "exp/one goes on from checkpoint step-2" in out
-    assert len(records.read_metrics(run.dir)) > 4  # the ranks cut it, not the launcher
+    assert "exp/one goes on from its last checkpoint, step-2" in out
+    assert len(history.read_metrics(run.dir)) > 4  # the ranks cut it, not the launcher
     assert again.config.total_train_epochs == 7
 
 
@@ -244,16 +245,16 @@ def test_a_done_trial_is_made_longer_only_from_a_checkpoint_that_was_kept(fakes)
     with pytest.raises(UserError, match="kept no checkpoint to go on from"):
         launch.start(fakes.config(*longer))
     fakes.play([["train", 3, 0.02], ["checkpoint", 3]])
-    launch.start(fakes.config("trial_name=two")).wait()
+    launch.start(fakes.config("trial_name=two", "recover.keep=all")).wait()
     fakes.play([["train", 2, 0.02]])
-    again = launch.start(fakes.config("trial_name=two", *longer[1:])).wait()
+    again = launch.start(fakes.config("trial_name=two", "recover.keep=all", *longer[1:])).wait()
     assert (again.state, again.status["attempt"]) == ("done", 2)
 
 
 def test_a_fork_is_a_new_run_from_a_checkpoint(fakes):
     parent = interrupted(fakes)
-    before = records.read_metrics(parent.dir)
-    child = launch.fork(parent, 2, ["actor.beta=0.3", "trial_name=child"])
+    before = history.read_metrics(parent.dir)
+    child = forks.fork(parent, 2, ["actor.beta=0.3", "trial_name=child"])
     assert (child.name, child.state, child.config.actor.beta) == ("exp/child", "queued", 0.3)
     assert read_json(child.dir / "manifest.json")["parent"] == {
         "run": "exp/one",
@@ -262,30 +263,102 @@ def test_a_fork_is_a_new_run_from_a_checkpoint(fakes):
     }
     assert child.checkpoints() == [2]
     assert commit.damage(child.dir / "checkpoints" / "step-2") == ""
-    assert records.read_metrics(child.dir) == [line for line in before if line["step"] <= 2]
-    assert (parent.config.actor.beta, records.read_metrics(parent.dir)) == (0.1, before)
+    assert history.read_metrics(child.dir) == [line for line in before if line["step"] <= 2]
+    assert (parent.config.actor.beta, history.read_metrics(parent.dir)) == (0.1, before)
     # Removing the parent's takes nothing from the child.
     commit.discard(parent.dir / "checkpoints" / "step-2")
     assert commit.damage(child.dir / "checkpoints" / "step-2") == ""
 
 
+def test_a_fork_takes_the_newest_whole_checkpoint_and_lies_beside_its_parent(fakes, tmp_path):
+    """Also when the runs were moved since the parent wrote where its root is."""
+    parent = interrupted(fakes)
+    step = parent.dir / "checkpoints"
+    shutil.copytree(step / "step-2", step / "step-3")
+    (step / "step-3" / "data").write_text("x")
+    fakes.fileroot.rename(tmp_path / "moved")
+    child = forks.fork(runs.open(tmp_path / "moved" / "exp" / "one"))
+    assert child.checkpoints() == [2]
+    assert child.dir.parent == tmp_path / "moved" / "exp"
+    assert not fakes.fileroot.exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("train_dataset.batch_size=3", "train_dataset.batch_size: 8 -> 3"),
+        ("seed=9", "seed: 1 -> 9"),
+        ("total_train_steps=2", "total_train_steps = 2 is not past step 2"),
+    ],
+)
+def test_a_fork_that_could_not_follow_from_its_parent_is_refused(fakes, override, told):
+    parent = interrupted(fakes)
+    with pytest.raises(UserError, match=told):
+        forks.fork(parent, 2, [override])
+    assert fakes.folders() == ["exp/one"]
+
+
+def test_a_fork_that_is_killed_while_it_copies_leaves_no_run(fakes, monkeypatch):
+    parent = interrupted(fakes)
+    monkeypatch.setattr(forks, "_link", lambda *_: os._exit(9))
+    child = os.fork()
+    if child == 0:
+        forks.fork(parent, 2)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert fakes.folders() == ["exp/one"]
+
+
+def test_a_fork_that_lost_its_checkpoint_does_not_begin_at_the_first_step(fakes):
+    child = forks.fork(interrupted(fakes), 2, ["trial_name=child"])
+    commit.discard(child.dir / "checkpoints" / "step-2")
+    records.update_status(child.dir, state="stopped")
+    with pytest.raises(
+        UserError, match="exp/child is a fork of exp/one at step 2, and has no checkpoint any more"
+    ):
+        child.resume()
+
+
+def test_a_run_that_would_end_before_its_checkpoint_is_refused_before_anything_changes(fakes):
+    run = interrupted(fakes)
+    before = (run.dir / "config.yaml").read_text()
+    with pytest.raises(UserError, match="has a checkpoint of step 2, and would have to end at step 1; raise"):
+        launch.start(fakes.config("trial_name=one", "recover.mode=auto", "total_train_steps=1"))
+    assert (run.dir / "config.yaml").read_text() == before
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "manifest.json", "budget.json"])
+def test_a_resume_with_a_damaged_file_changes_nothing(fakes, name):
+    run = launch.start(fakes.config("trial_name=one")).wait()
+    records.update_status(run.dir, state="failed", message="boom")
+    (run.dir / name).write_text("seed: [" if name == "config.yaml" else "[1]")
+    before = sorted(path for path in run.dir.rglob("*") if path.name != ".lock")
+    with pytest.raises(UserError, match=name):
+        run.resume()
+    assert sorted(path for path in run.dir.rglob("*") if path.name != ".lock") == before
+    assert run.status["message"] == "boom"
+
+
 def test_a_fork_of_a_step_that_is_not_kept_lists_those_that_are(fakes):
     parent = interrupted(fakes)
     with pytest.raises(UserError, match=r"no checkpoint of step 40; it has those of steps 2 "):
-        launch.fork(parent, 40)
-    (parent.dir / "checkpoints" / "step-2" / "more").write_text("x")
-    with pytest.raises(UserError, match="step-2 is damaged: more was added"):
-        launch.fork(parent)
+        forks.fork(parent, 40)
+    file = parent.dir / "checkpoints" / "step-2" / "data"
+    file.write_text("x")
+    with pytest.raises(UserError, match=r"step-2 of exp/one is damaged: .*; there are others: none"):
+        forks.fork(parent, 2)
+    with pytest.raises(UserError, match="exp/one has no whole checkpoint: checkpoint step-2 is damaged"):
+        forks.fork(parent)
     commit.discard(parent.dir / "checkpoints" / "step-2")
     with pytest.raises(UserError, match="has no checkpoint; it has none"):
-        launch.fork(parent)
+        forks.fork(parent)
     assert fakes.folders() == ["exp/one"]
 
 
 def test_an_interrupted_trial_starts_anew_and_says_what_it_removes(fakes, capsys):
     fakes.play(LONG)
     run = launch.start(fakes.config("trial_name=one"))
-    until(lambda: len(records.read_metrics(run.dir)) >= 2)
+    until(lambda: len(history.read_metrics(run.dir)) >= 2)
     run.stop()
     assert run.state == "stopped"
     with pytest.raises(UserError, match=r"exists and is stopped"):
@@ -295,9 +368,9 @@ def test_an_interrupted_trial_starts_anew_and_says_what_it_removes(fakes, capsys
     assert again.wait().status["attempt"] == 2
     out = capsys.readouterr().out
     assert "exp/one was stopped; its configuration changes: actor.beta: 0.1 -> 0.3" in out
-    assert "has no checkpoint and starts anew; removed of the earlier attempt" in out
-    assert "metrics.jsonl" in out
-    assert len(records.read_metrics(run.dir)) == 2
+    assert "has no checkpoint and starts anew" in out
+    assert "what it had made is kept in earlier/attempt-1" in out
+    assert len(history.read_metrics(run.dir)) == 2
     assert again.config.actor.beta == 0.3
 
 
@@ -441,7 +514,7 @@ def test_a_failing_rank_raises_with_cause_logs_and_the_way_on(fakes):
     first, logs, way = str(caught.value).splitlines()
     assert first == f"{run.name}: failed: rank 1: ValueError: boom (logs/rank-1.log)"
     assert logs == f"logs: {run.dir}/logs"
-    assert way == f"to continue: dpo-kit train --config {run.dir}/config.yaml recover.mode=auto"
+    assert way == f"to continue: dpo-kit runs resume {run.dir}"
     assert (caught.value.run_dir, caught.value.state) == (run.dir, "failed")
 
 
@@ -456,7 +529,7 @@ def test_the_foreground_prints_the_run_folder_last(fakes, capsys):
 
 
 def test_the_foreground_tells_a_failure_on_stderr(fakes, capsys):
-    fakes.play({"0": [], "1": [["raise", "ValueError", "boom"]]})
+    fakes.play({"0": [["sleep", 60]], "1": [["raise", "ValueError", "boom"]]})
     assert launch.run_in_foreground(fakes.config("trial_name=one")) == 1
     captured = capsys.readouterr()
     assert "exp/one: failed: rank 1: ValueError: boom" in captured.err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -81,3 +82,21 @@ def test_only_one_of_many_takes_a_stale_lock(tmp_path, sleeper):
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
     words = [process.communicate(timeout=60)[0].strip() for process in processes]
     assert sorted(words) == ["mine", "refused", "refused", "refused"]
+
+
+def test_a_process_of_another_machine_with_our_pid_is_another(tmp_path):
+    """Containers on several machines often share small pids."""
+    mine = {**identify(), "inode": tmp_path.stat().st_ino}
+    atomic_write(tmp_path / "lock.json", to_json({**mine, "host": "node-b"}))
+    atomic_write(tmp_path / "status.json", to_json({"state": "running", "updated_at": time.time()}))
+    with pytest.raises(UserError, match="on node-b"):
+        locks.take_lock(tmp_path)
+    locks.release_lock(tmp_path)
+    assert locks.lock_owner(tmp_path)["host"] == "node-b"
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "3"])
+def test_a_damaged_lock_holds_nothing(tmp_path, text):
+    (tmp_path / "lock.json").write_text(text)
+    with locks.lock(tmp_path):
+        assert locks.lock_owner(tmp_path)["pid"] == identify()["pid"]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_kit import display, notebook, plots, runs, tables
+from dpo_kit import display, listing, notebook, plots, tables
 from tests.test_notebook import Letters, store_of
 from tests.test_runs import finished
 from tests.test_tables import run, with_samples  # noqa: F401
@@ -112,7 +112,7 @@ def pages(tmp_path, monkeypatch, run, fakes):  # noqa: F811
         "pairs": markup(notebook.pairs(store, count=len(PAYLOADS))),
         "samples": markup(tables.samples_table(run, count=len(PAYLOADS))),
         "a run": markup(ended),
-        "lists of runs": f"<pre>{html.escape(runs.list_table(fakes.fileroot))}</pre>",
+        "lists of runs": f"<pre>{html.escape(listing.list_table(fakes.fileroot))}</pre>",
         "tables": "".join(markup(display.table([p, "b"], [[p, 1]], caption=p)) for p in PAYLOADS),
         "paragraphs": "".join(markup(display.paragraph(p)) for p in PAYLOADS),
         "charts": figures[0].to_html(full_html=False, include_plotlyjs=True)

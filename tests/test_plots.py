@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_kit import plots, records
+from dpo_kit import history, plots
 from dpo_kit.metrics import METRICS
 
 pytest.importorskip("plotly")
@@ -66,7 +66,7 @@ def test_loss_and_logps():
 
 def test_runs_are_read_from_their_folders(tmp_path):
     for record in LINES:
-        records.append_metrics(tmp_path, record)
+        history.append_metrics(tmp_path, record)
     run = FakeRun(tmp_path, "from-disk")
     assert traces(plots.rewards(run))["x", "chosen"].y == (0.0, 0.1)
     assert len(plots.rewards([run, run]).data) == 2 * len(plots.rewards(run).data) - 1

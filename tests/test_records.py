@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from dpo_kit import records
+from dpo_kit import history, records
 from dpo_kit.errors import UserError
 from dpo_kit.processes import identify
 
@@ -122,29 +122,29 @@ def test_progress_clocks_each_phase(run_dir, monkeypatch):
 def test_metrics_turn_undefined_numbers_into_null(run_dir):
     import numpy as np
 
-    records.append_metrics(
+    history.append_metrics(
         run_dir, {"step": 1, "dpo/loss": float("nan"), "lr": float("inf"), "n": np.float64(2.5)}
     )
-    assert records.read_metrics(run_dir) == [{"step": 1, "dpo/loss": None, "lr": None, "n": 2.5}]
+    assert history.read_metrics(run_dir) == [{"step": 1, "dpo/loss": None, "lr": None, "n": 2.5}]
 
 
 def test_a_torn_tail_is_skipped_and_cut(run_dir):
     path = run_dir / "metrics.jsonl"
-    records.append_metrics(run_dir, {"step": 1})
+    history.append_metrics(run_dir, {"step": 1})
     with open(path, "ab") as file:
         file.write(b'{"step": 2, "dpo/l')
-    assert records.read_metrics(run_dir) == [{"step": 1}]
-    records.append_metrics(run_dir, {"step": 2})
-    assert records.read_metrics(run_dir) == [{"step": 1}, {"step": 2}]
+    assert history.read_metrics(run_dir) == [{"step": 1}]
+    history.append_metrics(run_dir, {"step": 2})
+    assert history.read_metrics(run_dir) == [{"step": 1}, {"step": 2}]
     path.write_bytes(b'{"st')
-    records.append_metrics(run_dir, {"step": 1})
-    assert records.read_metrics(run_dir) == [{"step": 1}]
+    history.append_metrics(run_dir, {"step": 1})
+    assert history.read_metrics(run_dir) == [{"step": 1}]
 
 
 def test_a_broken_line_in_the_middle_is_named(run_dir):
     (run_dir / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"st\n{"step": 3}\n')
     with pytest.raises(UserError, match=r"metrics.jsonl line 2 is not JSON"):
-        records.read_metrics(run_dir)
+        history.read_metrics(run_dir)
 
 
 def test_readers_never_see_half_a_status(run_dir):
@@ -206,34 +206,97 @@ def test_a_run_of_another_machine_lives_by_its_heartbeat(run_dir):
     assert not records.is_live({**status, "updated_at": time.time() - 100})
 
 
-def test_clear_removes_the_work_and_names_it(run_dir):
-    records.append_metrics(run_dir, {"step": 1})
+def test_what_an_attempt_had_made_is_set_aside(run_dir):
+    for number in (1, 2):
+        history.append_metrics(run_dir, {"step": number})
+        (run_dir / "logs" / "rank-0.log").write_text("x")
+        (run_dir / "model").mkdir()
+        (run_dir / "model" / "weights").write_text(str(number))
+        (run_dir / "checkpoints").mkdir(exist_ok=True)
+        assert records.clear(run_dir) == f"what it had made is kept in earlier/attempt-{number}"
+        aside = run_dir / "earlier" / f"attempt-{number}"
+        assert sorted(path.name for path in aside.iterdir()) == ["logs", "metrics.jsonl", "model"]
+        assert (aside / "model" / "weights").read_text() == str(number)
+    left = ["checkpoints", "config.yaml", "earlier", "logs", "manifest.json", "status.json"]
+    assert sorted(path.name for path in run_dir.iterdir()) == left
+
+
+def test_what_is_not_worth_keeping_is_removed(run_dir):
     (run_dir / "logs" / "rank-0.log").write_text("x")
-    (run_dir / "checkpoints").mkdir()
-    assert records.clear(run_dir) == ["metrics.jsonl", "logs/"]
-    assert sorted(path.name for path in run_dir.iterdir()) == [
-        "checkpoints",
-        "config.yaml",
-        "logs",
-        "manifest.json",
-        "status.json",
-    ]
+    (run_dir / "progress.json").write_text("{}")
+    assert records.clear(run_dir) == ""
+    left = ["config.yaml", "logs", "manifest.json", "status.json"]
+    assert sorted(path.name for path in run_dir.iterdir()) == left
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "null", "{}", "3", '"x"', '{"state": "on"}', '{"state": "done", "step": "x"}']
+)
+def test_a_damaged_status_is_that_of_a_failed_run(run_dir, text):
+    (run_dir / "status.json").write_text(text)
+    status = records.settle(records.read_status(run_dir))
+    assert status["state"] == "failed"
+    assert "status.json" in status["message"]
+    assert records.reset_status(run_dir)["state"] == "queued"
+    assert records.read_status(run_dir)["attempt"] == 1
+
+
+def test_lines_that_are_no_records_are_set_aside_when_a_run_goes_on(run_dir):
+    good = [{"step": 1, "dpo/loss": 0.7}, {"step": 3, "dpo/loss": 0.5}]
+    lines = [json.dumps(good[0]), "{garbage", "[1]", '{"loss": 1}', json.dumps(good[1]), '{"step": 4}']
+    (run_dir / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    with pytest.raises(UserError, match="line 2 is not JSON"):
+        history.read_metrics(run_dir)
+    notes = history.cut_records(run_dir, 3)
+    assert "line 2 is not JSON and so are 2 more; the run goes on without" in notes[0]
+    assert notes[1] == "metrics.jsonl has no line of 1 of the 3 steps, the first of them 2"
+    assert history.read_metrics(run_dir) == good
+    assert "{garbage" in (run_dir / "metrics.jsonl.damaged").read_text()
+
+
+def test_an_evaluation_that_is_owed_is_not_there_twice(run_dir):
+    for record in ({"step": 1, "dpo/loss": 0.7}, {"step": 1, "dpo-eval/loss": 0.6}):
+        history.append_metrics(run_dir, record)
+    assert history.cut_records(run_dir, 1) == []
+    assert len(history.read_metrics(run_dir)) == 2
+    assert history.cut_records(run_dir, 1, owes_evaluation=True) == []
+    assert history.read_metrics(run_dir) == [{"step": 1, "dpo/loss": 0.7}]
+
+
+def test_a_folder_without_a_run_in_it_is_taken(tmp_path):
+    """What a launcher of an older version left when it was killed at once."""
+    (tmp_path / "exp" / "one").mkdir(parents=True)
+    records.create(tmp_path, "exp", "one", config_text="", manifest={})
+    assert records.read_status(tmp_path / "exp" / "one")["state"] == "queued"
+    (tmp_path / "exp" / "two").write_text("a file")
+    with pytest.raises(UserError, match=r"trial_name = 'two': .* exists"):
+        records.create(tmp_path, "exp", "two", config_text="", manifest={})
+    assert sorted(path.name for path in (tmp_path / "exp").iterdir()) == ["one", "two"]
+
+
+def test_a_run_that_cannot_be_filled_leaves_nothing(tmp_path):
+    def fill(folder):
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        records.create(tmp_path / "runs", "exp", "one", config_text="", manifest={}, fill=fill)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_records_are_cut_back_to_a_step(run_dir):
     for step in (0, 1, 2, 2, 3):
-        records.append_metrics(run_dir, {"step": step, "dpo/loss": 0.5})
+        history.append_metrics(run_dir, {"step": step, "dpo/loss": 0.5})
     (run_dir / "evaluations").mkdir()
     for step in (0, 2, 3):
         (run_dir / "evaluations" / f"step-{step}.jsonl").write_text("")
     with open(run_dir / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "dpo/lo')
-    records.cut_records(run_dir, 2)
-    assert [line["step"] for line in records.read_metrics(run_dir)] == [0, 1, 2, 2]
+    history.cut_records(run_dir, 2)
+    assert [line["step"] for line in history.read_metrics(run_dir)] == [0, 1, 2, 2]
     assert (run_dir / "metrics.jsonl").read_text().endswith("}\n")
     assert sorted(path.name for path in (run_dir / "evaluations").iterdir()) == [
         "step-0.jsonl",
         "step-2.jsonl",
     ]
-    records.cut_records(run_dir, 0)
-    assert records.read_metrics(run_dir) == []
+    history.cut_records(run_dir, 0)
+    assert history.read_metrics(run_dir) == []

@@ -12,7 +12,7 @@ import pytest
 
 import dpo_kit
 from dpo_kit import config as config_module
-from dpo_kit import prepare, records
+from dpo_kit import history, prepare, records
 from tests.helpers import tiny_config
 
 ROOT = Path(__file__).parents[1]
@@ -95,7 +95,7 @@ def test_a_run_trains_and_exports_without_the_optional_packages(run_dir):
     done = python(TRAIN, str(run_dir), blocked=OPTIONAL)
     assert done.returncode == 0, done.stderr
     assert 'no TensorBoard events: pip install "dpo-kit[tracking]"' in done.stdout
-    assert [m["step"] for m in records.read_metrics(run_dir)] == [1]
+    assert [m["step"] for m in history.read_metrics(run_dir)] == [1]
     assert (run_dir / "model" / "model.safetensors").exists()
 
 

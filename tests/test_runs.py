@@ -11,7 +11,8 @@ import time
 
 import pytest
 
-from dpo_kit import launch, locks, records, runs, supervisor
+from dpo_kit import config as config_module
+from dpo_kit import history, launch, listing, locks, records, runs, supervisor
 from dpo_kit.errors import RunError, UserError
 from tests.fakes import LONG
 from tests.test_supervisor import until
@@ -21,13 +22,14 @@ from tests.test_supervisor import until
 def long_run(fakes):
     fakes.play(LONG)
     run = launch.start(fakes.config("trial_name=one"))
-    until(lambda: len(records.read_metrics(run.dir)) >= 2)
+    until(lambda: len(history.read_metrics(run.dir)) >= 2)
     return run
 
 
 def finished(fakes, name, state="done", **status):
     """A run folder that needs no process."""
-    folder = records.create(fakes.fileroot, "exp", name, config_text="", manifest={})
+    text = config_module.to_yaml(fakes.config())
+    folder = records.create(fakes.fileroot, "exp", name, config_text=text, manifest={})
     records.update_status(folder, state=state, **status)
     return runs.Run(folder)
 
@@ -81,8 +83,11 @@ def test_resume_starts_an_ended_run_again(fakes, long_run, capsys):
     fakes.play([["train", 2, 0.01]])
     assert runs.open(long_run.dir).resume().wait().state == "done"
     out = capsys.readouterr().out
-    assert "exp/one has no checkpoint and starts anew; removed of the earlier attempt" in out
-    assert len(records.read_metrics(long_run.dir)) == 2
+    assert (
+        "exp/one has no checkpoint and starts anew (3 of 600 steps): what it had made is kept in earlier/attempt-1"
+        in out
+    )
+    assert len(history.read_metrics(long_run.dir)) == 2
     runs.open(long_run.dir).resume()
     assert "exp/one is done; nothing to resume" in capsys.readouterr().out
 
@@ -152,34 +157,34 @@ def test_runs_are_found_by_path_name_and_trial(fakes):
 
 
 def test_the_list_is_newest_first_and_survives_a_broken_run(fakes):
-    assert runs.list_table(fakes.fileroot) == f"no runs under {fakes.fileroot}"
+    assert listing.list_table(fakes.fileroot) == f"no runs under {fakes.fileroot}"
     finished(fakes, "old", total_steps=9, step=9)
     time.sleep(0.01)
     finished(fakes, "new", "failed", message="rank 1: boom")
     broken = finished(fakes, "broken")
     (broken.dir / "status.json").write_text("{")
-    lines = runs.list_table(fakes.fileroot).splitlines()
+    lines = listing.list_table(fakes.fileroot).splitlines()
     assert lines[0].split() == ["run", "state", "step", "started"]
     assert [line.split()[:2] for line in lines[1:]] == [
         ["exp/new", "failed"],
         ["exp/old", "done"],
-        ["exp/broken", "unknown"],
+        ["exp/broken", "failed"],
     ]
     assert "rank 1: boom" in lines[1]
     assert "9 of 9" in lines[2]
 
 
 def test_show_tells_state_figures_and_places(long_run):
-    text = runs.show_text(long_run)
+    text = listing.show_text(long_run)
     assert "  state    training: step " in text
     assert "dpo/loss 0." in text
     assert f"supervisor {long_run.status['supervisor']['pid']} on " in text
     assert f"  stop     dpo-kit runs stop {long_run.dir}" in text
     long_run.stop()
-    text = runs.show_text(long_run)
+    text = listing.show_text(long_run)
     assert "  state    stopped after " in text
     assert "s: as asked, with the state saved\n" in text
-    assert f"  continue dpo-kit train --config {long_run.dir}/config.yaml recover.mode=auto" in text
+    assert f"  continue dpo-kit runs resume {long_run.dir}" in text
 
 
 def test_only_an_ended_run_is_removed_and_only_when_told(long_run, fakes, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import time
 
 import pytest
 
-from dpo_kit import locks, records
+from dpo_kit import commit, history, locks, records, runs
 from dpo_kit.errors import UserError
 from dpo_kit.files import atomic_write, read_json
 from dpo_kit.processes import end_tree, identify, is_alive
@@ -70,7 +71,7 @@ def until(condition, seconds=20.0):
 
 
 def steps(run_dir):
-    return len(records.read_metrics(run_dir))
+    return len(history.read_metrics(run_dir))
 
 
 @pytest.fixture
@@ -388,6 +389,35 @@ def test_a_rank_that_hangs_after_the_end_does_not_keep_the_run(make_run):
     assert records.read_status(run_dir)["state"] == "done"
 
 
+def test_a_run_that_is_killed_while_it_makes_samples_is_not_trained_again(make_run, background):
+    run_dir = make_run([["train", 3, 0.02], ["checkpoint", 3]], samples=[["sleep", 600]])
+    process = background(run_dir)
+    until(lambda: "samples" in started(run_dir))
+    (run_dir / "model").mkdir()
+    assert commit.steps(run_dir / "checkpoints") == [3]
+    process.kill()
+    process.wait()
+    (run_dir / "play.json").write_text(json.dumps({"prepare": [], "worker": {}, "samples": []}))
+    runs.begin_anew(runs.Run(run_dir))
+    assert supervise(run_dir, **MODULES) == 0  # ranks without a part to play would fail
+    status = records.read_status(run_dir)
+    assert (status["state"], status["step"], status["samples"]) == ("done", 3, "made")
+    assert commit.steps(run_dir / "checkpoints") == []
+    assert steps(run_dir) == 3
+
+
+def test_checkpoints_stay_until_the_run_is_done(make_run):
+    """Rank 1 fails when the model is written already: that is no reason to train again."""
+    run_dir = make_run(
+        {"0": [["train", 3, 0.02], ["checkpoint", 3]], "1": [["sleep", 1.0], ["exit", 1]]},
+        num_samples=0,
+        recover="auto",
+    )
+    assert supervise(run_dir, **MODULES) == 0
+    assert records.read_status(run_dir)["attempt"] == 1
+    assert commit.steps(run_dir / "checkpoints") == []
+
+
 def test_a_stop_during_samples_is_a_run_that_is_done(make_run):
     run_dir = make_run([["train", 1, 0.01]], samples=[["sleep", 600]])
 
@@ -440,7 +470,7 @@ def test_a_rank_that_runs_out_of_memory_goes_on_with_half(make_run, capsys):
     assert (status["state"], status["attempt"], status["step"], status["total_steps"]) == ("done", 3, 3, 3)
     assert status["message"] == "with 2,048 tokens a micro-batch, after running out of memory with 8,192"
     # Only the last attempt is on record, and no error of the others.
-    assert [record["step"] for record in records.read_metrics(run_dir)] == [1, 2, 3]
+    assert [record["step"] for record in history.read_metrics(run_dir)] == [1, 2, 3]
     assert records.read_rank_errors(run_dir) == []
     made = read_json(run_dir / "budget.json")
     said = "RuntimeError: not enough memory"
@@ -465,7 +495,7 @@ def test_a_new_attempt_begins_before_the_first_step(make_run):
     run_dir = make_run({"0": [["attempts", broken(), []]]}, num_ranks=1, num_samples=0)
     assert supervise(run_dir, **MODULES) == 0
     assert records.read_status(run_dir)["step"] == 0
-    assert records.read_metrics(run_dir) == []
+    assert history.read_metrics(run_dir) == []
 
 
 def test_three_halvings_at_most(make_run):
@@ -590,5 +620,7 @@ def test_a_rank_that_was_stopped_is_named(make_run):
 
 
 def test_slow_phases_without_steps_are_not_taken_for_hangs(make_run):
-    run_dir = make_run([["progress", {"phase": "load model"}], ["sleep", 2.0]], timeout_s=0.5, num_samples=0)
-    assert supervise(run_dir, **MODULES) == 0
+    for phase in ("load model", "checkpoint", "export"):
+        run_dir = make_run([["progress", {"phase": phase}], ["sleep", 1.5]], timeout_s=0.5, num_samples=0)
+        assert supervise(run_dir, **MODULES) == 0
+        shutil.rmtree(run_dir)

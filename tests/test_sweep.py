@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from dpo_kit import config, records, sweep
+from dpo_kit import config, history, records, sweep
 from dpo_kit.errors import ConfigError, RunError, UserError
 
 TREE = {"actor": {"path": "tiny-random"}, "ref": {"logps": "cached"}, "train_dataset": {"path": "sample"}}
@@ -29,10 +29,10 @@ class FakeRun:
         self.dir = records.create(root, "dpo", self.name, config_text="", manifest={})
         records.update_status(self.dir, state="running")
         beta = settings.actor.beta
-        records.append_metrics(self.dir, {"step": 1, "dpo/loss": 0.7 - beta, "dpo/chosen_reward": beta})
+        history.append_metrics(self.dir, {"step": 1, "dpo/loss": 0.7 - beta, "dpo/chosen_reward": beta})
         for step, accuracy in ((0, None), (1, 0.9), (2, 0.8)):
             line = {"step": step, "dpo-eval/loss": 0.6, "dpo-eval/reward_accuracy": accuracy}
-            records.append_metrics(self.dir, line)
+            history.append_metrics(self.dir, line)
         if not FakeRun.hold:
             records.update_status(self.dir, state="failed" if beta == 0.666 else "done")
 

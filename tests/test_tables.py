@@ -7,7 +7,7 @@ import types
 
 import pytest
 
-from dpo_kit import config, ranking, records, tables
+from dpo_kit import config, history, ranking, tables
 from tests.test_notebook import Letters, store_of
 
 NASTY = "<script>alert(1)</script>"
@@ -47,7 +47,7 @@ def run(tmp_path):
             "dpo/rejected_reward": -0.2,
         }
         line |= {"dpo/reward_margin": 0.3, "dpo/reward_accuracy": None if step == 1 else 0.75}
-        records.append_metrics(folder, line)
+        history.append_metrics(folder, line)
     return types.SimpleNamespace(dir=folder, name="dpo/brave-fox", config=settings, status={"state": "done"})
 
 
@@ -90,7 +90,7 @@ def test_a_first_step_of_rounding_noise_is_undefined_too(run):
     noise = {"dpo/chosen_reward": 1e-15, "dpo/rejected_reward": 2e-15, "dpo/reward_margin": -1e-15}
     for step, accuracy in ((31, 0.0), (32, 0.5)):
         line = {"step": step, "dpo/loss": 0.693, **noise, "dpo/reward_accuracy": accuracy}
-        records.append_metrics(run.dir, line if step == 31 else {**line, "dpo/chosen_reward": 0.001})
+        history.append_metrics(run.dir, line if step == 31 else {**line, "dpo/chosen_reward": 0.001})
     last, end = tables.steps_table(run, most=32).text.split("\n")[-2:]
     assert last.split() == ["31", "0.693", "+0.000", "+0.000", "+0.000", "undefined", "(all", "ties)"]
     assert end.endswith("50 %")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dpo_kit import records, watch
+from dpo_kit import history, records, watch
 from dpo_kit.failures import child_failure, last_line, rank_failure
 from dpo_kit.files import read_json
 
@@ -121,7 +121,7 @@ def test_lines_tell_each_tenth_of_the_steps_and_each_phase_that_ended(tmp_path, 
     clock.now += 1.0
     phases = [{"name": "reference pass", "seconds": 1.0}]
     for step in range(100):
-        records.append_metrics(tmp_path, {"step": step + 1, "dpo/loss": 0.5, "dpo/reward_accuracy": None})
+        history.append_metrics(tmp_path, {"step": step + 1, "dpo/loss": 0.5, "dpo/reward_accuracy": None})
         clock.now += 0.01
         lines.update(status(phase_started_at=1001.0, phase_done=step + 1, phase_total=100, phases=phases))
     assert told[1] == "reference pass: done in 1.0 s"
@@ -152,8 +152,8 @@ def test_lines_are_not_spoiled_by_evaluations_between_steps(tmp_path, monkeypatc
 def test_the_last_training_record_is_read_from_the_end(tmp_path):
     assert watch.last_record(tmp_path) is None
     for step in range(1, 400):
-        records.append_metrics(tmp_path, {"step": step, "dpo/loss": 0.5, "note": "x" * 100})
-    records.append_metrics(tmp_path, {"step": 399, "dpo-eval/loss": 0.1})
+        history.append_metrics(tmp_path, {"step": step, "dpo/loss": 0.5, "note": "x" * 100})
+    history.append_metrics(tmp_path, {"step": 399, "dpo-eval/loss": 0.1})
     with open(tmp_path / "metrics.jsonl", "ab") as file:
         file.write(b'{"step": 400, "dpo/lo')
     assert watch.last_record(tmp_path)["step"] == 399

@@ -21,6 +21,7 @@ from dpo_kit import (
     cli,
     commit,
     engine,
+    history,
     launch,
     metrics,
     packing,
@@ -105,7 +106,7 @@ def test_the_status_is_done_with_every_phase(smoke):
 
 
 def test_training_lines_are_one_a_step_with_the_names_of_the_seed(smoke):
-    lines = [m for m in records.read_metrics(smoke) if "dpo/loss" in m]
+    lines = [m for m in history.read_metrics(smoke) if "dpo/loss" in m]
     assert [m["step"] for m in lines] == [1, 2, 3, 4]
     for line in lines:
         assert set(TRAIN_KEYS) <= set(line)
@@ -122,7 +123,7 @@ def test_training_lines_are_one_a_step_with_the_names_of_the_seed(smoke):
 
 
 def test_evaluation_lines_hold_nothing_else_and_begin_before_training(smoke):
-    lines = records.read_metrics(smoke)
+    lines = history.read_metrics(smoke)
     evaluations = [m for m in lines if "dpo-eval/loss" in m]
     assert [m["step"] for m in evaluations] == [0, 2, 4]
     assert lines[0] is evaluations[0]
@@ -135,7 +136,7 @@ def test_evaluation_lines_hold_nothing_else_and_begin_before_training(smoke):
 
 
 def test_evaluations_are_kept_pair_by_pair(smoke):
-    for line in records.read_metrics(smoke):
+    for line in history.read_metrics(smoke):
         if "dpo-eval/loss" in line:
             pairs = read_lines(smoke / "evaluations" / f"step-{line['step']}.jsonl")
             assert [pair["index"] for pair in pairs] == list(range(16))
@@ -157,7 +158,7 @@ def test_models_are_exported_on_the_way_and_at_the_end(smoke):
     )
     assert not torch.equal(last, second)
     assert not torch.equal(second, start)
-    losses = {m["step"]: m["dpo-eval/loss"] for m in records.read_metrics(smoke) if m.get("dpo-eval/loss")}
+    losses = {m["step"]: m["dpo-eval/loss"] for m in history.read_metrics(smoke) if m.get("dpo-eval/loss")}
     assert torch.equal(best, last if losses[4] < losses[2] else second)
     card = (smoke / "model" / "README.md").read_text()
     assert "| `dpo/loss` | 0.6931 |" in card
@@ -180,7 +181,7 @@ def test_tensorboard_reads_the_same_numbers(smoke):
 
     events = EventAccumulator(str(smoke / "tensorboard"))
     events.Reload()
-    lines = {m["step"]: m for m in records.read_metrics(smoke) if "dpo/loss" in m}
+    lines = {m["step"]: m for m in history.read_metrics(smoke) if "dpo/loss" in m}
     read = {event.step: event.value for event in events.Scalars("dpo/loss")}
     assert read == pytest.approx({step: line["dpo/loss"] for step, line in lines.items()}, abs=1e-6)
     assert [event.step for event in events.Scalars("dpo-eval/reward_accuracy")] == [2, 4]
@@ -238,7 +239,7 @@ def test_the_fragment_printed_in_the_seed_trains_on_two_ranks(ranks, tmp_path):
     run_dir = records.create(tmp_path / "runs", "dpo", "fragment", config_text=text, manifest={})
     prepare.prepare(run_dir)
     ranks.run(train_folder, str(run_dir))
-    lines = records.read_metrics(run_dir)
+    lines = history.read_metrics(run_dir)
     assert [m["step"] for m in lines] == [1, 2]
     assert set(TRAIN_KEYS) <= set(lines[0])
     assert lines[0]["dpo/loss"] == pytest.approx(math.log(2), abs=1e-3)
@@ -273,7 +274,7 @@ def test_a_stop_in_mid_training_saves(tmp_path, monkeypatch, capsys):
     done = []
 
     def stop_it():
-        while len(records.read_metrics(run_dir)) < 5:
+        while len(history.read_metrics(run_dir)) < 5:
             time.sleep(0.05)
         done.append(cli.main(["runs", "stop", str(run_dir)]))
 
@@ -285,7 +286,7 @@ def test_a_stop_in_mid_training_saves(tmp_path, monkeypatch, capsys):
     status = records.read_status(run_dir)
     assert (status["state"], status["total_steps"]) == ("stopped", 5 * 9999)
     (export,) = (run_dir / "exports").iterdir()
-    assert export.name == f"step-{records.read_metrics(run_dir)[-1]['step']}" == f"step-{status['step']}"
+    assert export.name == f"step-{history.read_metrics(run_dir)[-1]['step']}" == f"step-{status['step']}"
     assert commit.newest(run_dir / "checkpoints") == (status["step"], [])
     assert "dpo/one: stopped" in capsys.readouterr().out
 
@@ -315,7 +316,7 @@ def test_a_stop_during_an_evaluation_saves_too(ranks, tmp_path):
     ranks.run(train_folder, str(run_dir))
     numbers = [int(path.stem.removeprefix("step-")) for path in (run_dir / "evaluations").iterdir()]
     assert sorted(numbers) == list(range(0, 21, 2))
-    lines = records.read_metrics(run_dir)
+    lines = history.read_metrics(run_dir)
     assert [line["step"] for line in lines if "dpo/loss" in line] == list(range(1, 21))
     assert [line["step"] for line in lines if "dpo-eval/loss" in line] == list(range(0, 21, 2))
     assert list((run_dir / "checkpoints").iterdir()) == []
@@ -326,7 +327,7 @@ def stop_at_evaluation(run_dir):
     path = Path(run_dir)
 
     def should_stop():
-        return sum("dpo/loss" in m for m in records.read_metrics(path)) >= 2
+        return sum("dpo/loss" in m for m in history.read_metrics(path)) >= 2
 
     try:
         worker.run(path, parallel.init_world(cuda=False), should_stop)
@@ -385,7 +386,7 @@ def test_progress_that_was_held_back_is_told_at_the_end(tmp_path):
 
 
 def losses(run_dir):
-    return [line["dpo/loss"] for line in records.read_metrics(run_dir) if "dpo/loss" in line]
+    return [line["dpo/loss"] for line in history.read_metrics(run_dir) if "dpo/loss" in line]
 
 
 @pytest.fixture(scope="module")
@@ -419,7 +420,7 @@ def test_a_run_that_ran_out_of_memory_ends_as_if_it_had_not(halved):
     status = records.read_status(halved["short"])
     assert (status["state"], status["attempt"], status["step"]) == ("done", 2, 4)
     assert status["message"] == "with 2,048 tokens a micro-batch, after running out of memory with 4,096"
-    assert [m["step"] for m in records.read_metrics(halved["short"])] == [0, 1, 2, 2, 3, 4, 4]
+    assert [m["step"] for m in history.read_metrics(halved["short"])] == [0, 1, 2, 2, 3, 4, 4]
 
 
 def test_the_budget_and_its_halving_are_on_record(halved):

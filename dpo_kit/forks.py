@@ -1,0 +1,133 @@
+"""Forks: a new run that goes on from a checkpoint of another, with other settings from there on.
+
+Not here: starting runs (`launch`), a checkpoint's files (`commit`).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from dpo_kit import commit, history, identity, launch, manifest, preflight, records
+from dpo_kit import config as config_module
+from dpo_kit.config import Config
+from dpo_kit.errors import ConfigError, UserError
+from dpo_kit.runs import Run
+
+
+def fork(parent: Run, step: int | None = None, overrides: Sequence[str] = ()) -> Run:
+    """Makes a queued run that goes on from a checkpoint of another, with other settings from there on.
+
+    Its folder gets the checkpoint (hard links where the file system has them) and what was recorded up to that
+    step; `manifest.json` names the parent.
+
+    Args:
+        parent: a run with checkpoints; it is not changed.
+        step: of one of them; the last one when left out.
+        overrides: dotted assignments over the parent's configuration; the trial gets a fresh name unless one is given.
+
+    Raises:
+        UserError: no such checkpoint (those there are are listed), a damaged one, or settings that cannot run.
+    """
+    step = _step_to_fork(parent, step)
+    # The parent may have been moved since it wrote where its root is.
+    root = f"cluster.fileroot={parent.dir.parent.parent}"
+    config = config_module.load(parent.dir / "config.yaml", ["trial_name=null", root, *overrides])
+    _check_fork(config, parent, step)
+    named = config.trial_name is not None
+    config = launch.resolve_world(config)
+    config = replace(config, trial_name=config.trial_name or records.fresh_trial_name())
+    preflight.check(config)
+    made = manifest.build(config, named=named, owner="foreground")
+    made["parent"] = {"run": parent.name, "folder": str(parent.dir), "step": step}
+    try:
+        folder = records.create(
+            Path(config.cluster.fileroot),
+            config.experiment_name,
+            str(config.trial_name),
+            config_text=config_module.to_yaml(config),
+            manifest=made,
+            fill=lambda staged: _inherit(parent.dir, staged, step),
+        )
+    except shutil.Error:
+        raise UserError(
+            f"{parent.name} removed its checkpoint of step {step} meanwhile (recover.keep); fork again, or name a later"
+            " one with --step"
+        ) from None
+    return Run(folder)
+
+
+def _step_to_fork(parent: Run, step: int | None) -> int:
+    """The step of a whole checkpoint: the one asked for, or the newest."""
+    there = parent.checkpoints()
+    if step is None and there:
+        newest, told = commit.newest(parent.dir / "checkpoints")
+        for line in told:
+            print(line, flush=True)
+        if newest is None:
+            raise UserError(f"{parent.name} has no whole checkpoint: {'; '.join(told)}")
+        return newest
+    if step is None or step not in there:
+        has = f"has those of steps {', '.join(map(str, there))}" if there else "has none"
+        wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
+        raise UserError(
+            f"{parent.name} has {wanted}; it {has} (recover.freq_steps and recover.keep make them)"
+        )
+    problem = commit.damage(parent.dir / "checkpoints" / f"step-{step}")
+    if problem:
+        others = ", ".join(str(other) for other in there if other != step) or "none"
+        raise UserError(
+            f"checkpoint step-{step} of {parent.name} is damaged: {problem}; there are others: {others}"
+        )
+    return step
+
+
+def _check_fork(config: Config, parent: Run, step: int) -> None:
+    """Refuses settings with which step N would not follow from the parent's: other pairs, or an end before it."""
+    before, now = config_module.to_tree(parent.config), config_module.to_tree(config)
+    changed = identity.changed(before, now)
+    order = {key: text for key, text in changed.items() if key == "seed" or key.startswith("train_dataset.")}
+    problems = []
+    if order:
+        problems.append(
+            f"a fork sees the pairs that its parent would have seen, and this changes them: {identity.told(order)}; to"
+            " train on others start a run with actor.path=MODEL_FOLDER (dpo-kit export)"
+        )
+    if config.total_train_steps and config.total_train_steps <= step:
+        problems.append(
+            f"total_train_steps = {config.total_train_steps} is not past step {step}, where the fork begins"
+        )
+    if problems:
+        raise ConfigError(problems)
+
+
+def _inherit(parent: Path, folder: Path, step: int) -> None:
+    """Copies a checkpoint, and what was recorded until then, into a folder that has no name yet."""
+    name = f"step-{step}"
+    (folder / "checkpoints").mkdir()
+    shutil.copytree(parent / "checkpoints" / name, folder / "checkpoints" / name, copy_function=_link)
+    if problem := commit.committed(folder / "checkpoints" / name)[1]:
+        raise shutil.Error(problem)  # the parent removed it while it was copied
+    for name in ("metrics.jsonl", "evaluations"):
+        if (parent / name).is_dir():
+            shutil.copytree(parent / name, folder / name)
+        elif (parent / name).exists():
+            shutil.copy(parent / name, folder / name)
+    history.cut_records(folder, step)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)  # files of a checkpoint are never changed in place
+    except OSError:
+        shutil.copy(source, target)
+
+
+def fork_in_foreground(parent: Run, step: int | None = None, overrides: Sequence[str] = ()) -> int:
+    """Forks a run and trains it, as `run_in_foreground` does; see `fork`."""
+    run = fork(parent, step, overrides)
+    print(f"fork of {parent.name} at step {run.checkpoints()[-1]}: {run.name}", flush=True)
+    return launch.foreground(run, False)
