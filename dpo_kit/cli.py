@@ -85,6 +85,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     overrides = [word for word in rest if "=" in word and not word.startswith("-")]
+    if overrides and getattr(arguments, "run", None) is _runs_resume:
+        parser.error(
+            f"a run goes on with its own settings; for others: dpo-kit runs fork RUN {' '.join(overrides)}"
+        )
     if len(overrides) < len(rest) or (rest and not hasattr(arguments, "overrides")):
         parser.error(f"unknown arguments: {' '.join(rest)}")
     if overrides:

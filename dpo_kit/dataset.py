@@ -75,7 +75,7 @@ def build(config: Config, split: str = "train", progress: Progress | None = None
         plan.source.path, name=plan.source.name, split=plan.source.split, section=plan.section
     )
     named = config.tokenizer_path or config.actor.path
-    label, tokenizer = _load_tokenizer(named)
+    label, tokenizer = load_tokenizer(named)
     fingerprint = tokens.tokenizer_fingerprint(tokenizer)
     key = _key(plan, source, fingerprint)
     folder = Path(config.cluster.fileroot) / ".cache" / "pairs" / key
@@ -135,8 +135,12 @@ def _plan(config: Config, split: str) -> _Plan:
     )
 
 
-def _load_tokenizer(named: str) -> tuple[str, Any]:
-    """The tokenizer and where it lies."""
+def load_tokenizer(named: str) -> tuple[str, Any]:
+    """The tokenizer and where it lies.
+
+    Raises:
+        DataError: there is none.
+    """
     folder = builtin.ensure(named)
     is_local = Path(folder).expanduser().exists()
     try:
@@ -194,7 +198,7 @@ def _check_dropped(plan: _Plan, report: dict[str, Any]) -> None:
     if not report["kept"]:
         raise DataError(
             f"{report['source']}: no pair is left: all {rows} rows were dropped ({reasons}); "
-            + _remedy(report["dropped"])
+            + _remedy(report["dropped"], next(iter(report["unusable_rows"]), ""))
         )
     share = dropped / rows
     said = f"{dropped} of {rows} rows ({100 * share:.1f} %) of {report['source']} were dropped ({reasons})"
@@ -207,12 +211,12 @@ def _check_dropped(plan: _Plan, report: dict[str, Any]) -> None:
         warnings.warn(f"{plan.section}: {said}", UserWarning, stacklevel=3)
 
 
-def _remedy(dropped: dict[str, int]) -> str:
+def _remedy(dropped: dict[str, int], first_bad: str) -> str:
     """What to do when every row was dropped, by the commonest reason."""
     reason = max(dropped, key=lambda name: dropped[name])
     return {
         IDENTICAL: "chosen and rejected must differ",
-        UNUSABLE: "bad_rows=strict names the first ones",
+        UNUSABLE: f"the first: {first_bad}",
     }.get(reason, "raise max_length")
 
 

@@ -29,7 +29,7 @@ from dpo_kit.config import Config
 from dpo_kit.errors import UserError
 from dpo_kit.files import read_json
 from dpo_kit.losses import loss_at_reference
-from dpo_kit.pairing import CONTRADICTORY, EMPTY, REPEATED
+from dpo_kit.pairing import CONTRADICTORY, EMPTY, REPEATED, UNUSABLE
 from dpo_kit.preferences import PairStore
 
 ROWS = 96
@@ -83,7 +83,7 @@ def examine(config: Config, tell: Callable[[Finding], Any] = print) -> list[Find
     usable = _places(config, report)
     with tempfile.TemporaryDirectory(prefix="dpo-kit-doctor-") as folder:
         tried = _small(config, Path(folder))
-        store = _data(tried, report) if usable else None
+        store = _data(tried, report, config.train_dataset.bad_rows) if usable else None
         if store is None:
             report.add("training", "not tried: mend the lines above first", "look")
         else:
@@ -146,10 +146,14 @@ def _places(config: Config, report: _Report) -> bool:
         ("data files", config.train_dataset.path, preflight.check_data, True),
     )
     for name, fine, check, is_needed in checks:
+        if not is_needed and not preflight.shape_is_known(config):
+            report.add(name, "not known: the sizes of actor.path are not", "look")
+            continue
         try:
             check(config)
             if name == "models":
                 prepare.check_tokenizers(config)
+                builtin.ensure(config.actor.path)  # on a new machine: the sizes that follow are read from it
         except UserError as error:
             report.add(name, str(error), "bad")
             usable = usable and not is_needed
@@ -173,7 +177,7 @@ def _small(config: Config, folder: Path) -> Config:
     return tried
 
 
-def _data(config: Config, report: _Report) -> PairStore | None:
+def _data(config: Config, report: _Report, bad_rows: str) -> PairStore | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -182,7 +186,7 @@ def _data(config: Config, report: _Report) -> PairStore | None:
         report.add("data", str(error), "bad")
         return None
     made = store.report
-    report.problems("data", f"{made['kept']} pairs of the first {made['rows']} rows", _rows(made))
+    report.problems("data", f"{made['kept']} pairs of the first {made['rows']} rows", _rows(made, bad_rows))
     tokenizer = builtin.load_tokenizer(builtin.ensure(store.tokenizer_path))
     own = builtin.load_tokenizer(builtin.ensure(config.actor.path))
     report.problems("text", "responses end once, as the tokenizer ends them", _texts(store, tokenizer, own))
@@ -190,12 +194,14 @@ def _data(config: Config, report: _Report) -> PairStore | None:
     return store
 
 
-def _rows(made: dict[str, Any]) -> Iterable[tuple[str, str]]:
+def _rows(made: dict[str, Any], bad_rows: str) -> Iterable[tuple[str, str]]:
     dropped = {reason: count for reason, count in made["dropped"].items() if count}
     if sum(dropped.values()) > dataset.WARN_DROPPED_SHARE * made["rows"]:
         reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
         first = f"; {made['unusable_rows'][0]}" if made["unusable_rows"] else ""
         yield "bad", f"{sum(dropped.values())} of {made['rows']} rows are dropped ({reasons}){first}"
+    elif made["unusable_rows"] and bad_rows == "strict":
+        yield "bad", f"{dropped[UNUSABLE]} of {made['rows']} rows cannot be used; {made['unusable_rows'][0]}"
     if count := made["notes"].get(EMPTY):
         yield (
             "bad",

@@ -264,7 +264,8 @@ def _bad_rows(label: str, tally: _Tally) -> DataError:
     first, *others = tally.first_bad
     if tally.num_bad == 1:
         return DataError(f"{label} {first}")
-    return DataError(f"{tally.num_bad} bad rows; first: {label} {first}; then {'; '.join(others)}")
+    way = "; mend them, or leave them out with train_dataset.bad_rows=quarantine"
+    return DataError(f"{tally.num_bad} bad rows; first: {label} {first}; then {'; '.join(others)}{way}")
 
 
 def _add_batch(

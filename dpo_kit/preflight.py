@@ -78,6 +78,11 @@ def _shape(config: Config) -> Shape | None:
         return None
 
 
+def shape_is_known(config: Config) -> bool:
+    """Whether memory and disk can be told before the model is loaded."""
+    return _shape(config) is not None
+
+
 def check_memory(config: Config) -> None:
     """Refuses what cannot fit whatever the micro-batches: weights, optimizer and the longest pair."""
     shape = _shape(config)

@@ -71,8 +71,10 @@ def check_tokenizers(config: Config) -> None:
     """
     if config.ref.path == config.tokenizer_path:
         return
-    own = builtin.load_tokenizer(config.tokenizer_path).get_vocab()
-    other = builtin.load_tokenizer(config.ref.path).get_vocab()
+    from dpo_kit import dataset
+
+    own = dataset.load_tokenizer(config.tokenizer_path)[1].get_vocab()
+    other = dataset.load_tokenizer(config.ref.path)[1].get_vocab()
     if own != other:
         raise ConfigError([preflight.tokenizer_problem(config, own, other)])
 

@@ -94,6 +94,8 @@ def open_source(path: str, *, name: str | None = None, split: str = "train", sec
         return replace(_open_file(file), label=f"{SAMPLE}/{file.name}")
     local = Path(path).expanduser()
     if local.exists():
+        if not (local.is_file() or local.is_dir()):
+            raise DataError(f"{section}.path = {path!r} is neither a file nor a folder; give one of these")
         _check_local_options(name, split, section)
         return _open_file(_in_folder(local, split, section) if local.is_dir() else local)
     if format_of(local) or path.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
@@ -168,8 +170,9 @@ def _hash_content(path: Path) -> tuple[str, int]:
     with opened(path) as file:
         while block := file.read(_BLOCK):
             if size == 0 and block[:2] in (b"\xff\xfe", b"\xfe\xff") and format_of(path) != ".parquet":
+                width = 32 if block[:4] == b"\xff\xfe\0\0" else 16
                 raise DataError(
-                    f"{path} line 1: is UTF-16; save it as UTF-8 (iconv -f utf-16 -t utf-8 OLD > NEW)"
+                    f"{path} line 1: is UTF-{width}; save it as UTF-8 (iconv -f utf-{width} -t utf-8 OLD > NEW)"
                 )
             digest.update(block)
             num_lines += block.count(b"\n")

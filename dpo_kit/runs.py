@@ -253,6 +253,8 @@ def remove(run: Run, yes: bool = False) -> bool:
     Raises:
         UserError: the run is live.
     """
+    if run.dir.is_symlink() or not (run.dir / "manifest.json").is_file():
+        raise UserError(f"{run.dir} is a link, or holds no manifest.json of a run: remove it yourself")
     if run.is_live or locks.lock_owner(run.dir):
         raise UserError(f"{run.name} is {run.state}; stop it first: dpo-kit runs stop {run.dir}")
     size = size_text(size_of(run.dir))
@@ -260,6 +262,8 @@ def remove(run: Run, yes: bool = False) -> bool:
         print(f"{run.dir} ({size}) would be removed; add --yes to remove it", flush=True)
         return False
     records.remove_folder(run.dir)
+    if run.dir.exists():
+        raise UserError(f"{run.dir} cannot be removed; may you write there?")
     print(f"removed {run.dir} ({size})", flush=True)
     return True
 

@@ -220,7 +220,7 @@ def last_record(run_dir: Path) -> dict[str, Any] | None:
     for line in reversed(lines):
         with contextlib.suppress(ValueError):  # the first one may be cut
             record = json.loads(line)
-            if isinstance(record, dict) and "dpo/loss" in record:
+            if isinstance(record, dict) and {"dpo/loss", "step"} <= record.keys():
                 return record
     return None
 

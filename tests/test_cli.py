@@ -244,7 +244,7 @@ def test_a_failing_rank_is_status_1_and_a_stopped_one_3(fakes):
     status, out, err = call("train", "--config", write_config(fakes.root), "trial_name=bad")
     assert status == 1
     assert err[0] == "cli/bad: failed: rank 0: ValueError: boom (logs/rank-0.log)"
-    assert err[-1].startswith("to continue: dpo-kit train --config ")
+    assert err[-1].startswith("to continue: dpo-kit runs resume ")
     fakes.play({"0": [["exit", 3]]})
     status, out, err = call("train", "--config", write_config(fakes.root), "trial_name=preempted")
     assert status == 3
@@ -516,3 +516,33 @@ def test_a_repetition_names_what_changed_beside_the_configuration(trained, tmp_p
     (told,) = [line for line in out if line.startswith("repeats ")]
     assert "versions.torch: 1.0 -> " in told
     assert "data.train.fingerprint: abc -> " in told
+
+
+def test_nothing_that_is_shown_steers_the_terminal(tmp_path, capsys):
+    """A name, a message and an argument with escape sequences, a title, a bell, a carriage return."""
+    evil = "\x1b[31mRED\x1b]0;pwn\x07\rok\u202e"
+    folder = tmp_path / "runs" / "exp" / evil
+    folder.mkdir(parents=True)
+    status = {"state": "failed", "message": f"boom {evil}", "step": 1, "created_at": 1.0}
+    (folder / "status.json").write_text(json.dumps(status))
+    (folder / "manifest.json").write_text("{}")
+    root = ["--fileroot", str(tmp_path / "runs")]
+    for arguments in (
+        ["runs", "list", *root],
+        ["runs", "show", str(folder)],
+        ["runs", "rm", str(folder)],
+        ["runs", "show", evil, *root],
+        ["train", "--config", evil],
+        ["train", "--config", str(SMOKE), f"--{evil}"],
+        ["train", "--config", str(SMOKE), f"actor.{evil}=1"],
+    ):
+        cli.main(arguments)
+        captured = capsys.readouterr()
+        said = captured.out + captured.err
+        assert not {"\x1b", "\x07", "\r", "\u202e"} & set(said), arguments
+        assert "[U+001B]" in said
+
+
+def test_settings_do_not_change_under_a_resume(capsys):
+    assert cli.main(["runs", "resume", "exp/one", "actor.beta=0.5"]) == 2
+    assert "for others: dpo-kit runs fork RUN actor.beta=0.5" in capsys.readouterr().err

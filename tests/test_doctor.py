@@ -101,7 +101,7 @@ def test_too_small_a_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(room, "free_disk", lambda _: 1 << 10)
     found = examined(tmp_path)
     assert found["disk"].level == "bad"
-    assert "GiB are free" in found["disk"].text
+    assert "0.0 MiB are free" in found["disk"].text
 
 
 def test_a_reference_with_another_tokenizer(tmp_path):
@@ -168,3 +168,26 @@ def test_swapped_columns_show_in_what_the_reference_prefers():
     State.ref_train = State.ref_train.flip(1)
     assert list(doctor._preference(State())) == []
     assert doctor.at_most(2, 4) == pytest.approx(11 / 16)
+
+
+def test_a_broken_row_is_refused_as_the_run_would(tmp_path):
+    rows = pairs()
+    path = Path(rows_file(tmp_path / "a.jsonl", rows))
+    path.write_text(path.read_text() + '{"chosen": null, "rejected": "b"}\n')
+    found = examined(tmp_path, f"train_dataset.path={path}")
+    assert found["data"].level == "bad"
+    assert "1 of 13 rows cannot be used; line 13: column 'chosen' is null" in found["data"].text
+    found = examined(tmp_path, f"train_dataset.path={path}", "train_dataset.bad_rows=quarantine")
+    assert found["data"].level == "ok"
+
+
+def test_what_is_not_known_is_not_ok(tmp_path):
+    found = examined(tmp_path, f"actor.path={tmp_path / 'nowhere'}")
+    assert (found["models"].level, found["memory"].level, found["disk"].level) == ("bad", "look", "look")
+
+
+def test_a_folder_without_a_tokenizer(tmp_path):
+    (tmp_path / "empty").mkdir()
+    found = examined(tmp_path, f"tokenizer_path={tmp_path / 'empty'}")
+    assert found["models"].level == "bad"
+    assert "cannot be loaded" in found["models"].text

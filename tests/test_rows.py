@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import gzip
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -550,3 +551,17 @@ def test_hub_dataset_that_cannot_be_used(tmp_path, build, hub, data, message):
         build("user/data")
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pipe_is_no_data_file(tmp_path, build):
+    os.mkfifo(tmp_path / "pairs.jsonl")
+    with pytest.raises(DataError, match="is neither a file nor a folder"):
+        build(tmp_path / "pairs.jsonl")
+
+
+def test_utf_32_is_told_from_utf_16(tmp_path, build):
+    path = tmp_path / "pairs.jsonl"
+    for codec in ("utf-16", "utf-32"):
+        path.write_text('{"chosen": "a", "rejected": "b"}\n', codec)
+        with pytest.raises(DataError, match=f"iconv -f {codec} -t utf-8"):
+            build(path)

@@ -230,3 +230,22 @@ def test_an_interrupted_wait_of_somebody_elses_run_does_not_stop_it(fakes, capsy
         assert records.stop_requested(run.dir) is None
         records.update_status(run.dir, state="done")
     assert "exp/one goes on" in capsys.readouterr().out
+
+
+def test_only_what_is_a_run_is_removed(fakes, tmp_path, capsys):
+    folder = fakes.fileroot / "exp" / "thesis"
+    folder.mkdir(parents=True)
+    (folder / "status.json").write_text('{"foo": 1}')
+    (folder / "chapter").write_text("one")
+    with pytest.raises(UserError, match=r"holds no manifest.json of a run"):
+        runs.remove(runs.open(folder), yes=True)
+    run = finished(fakes, "one")
+    (tmp_path / "link").symlink_to(run.dir)
+    with pytest.raises(UserError, match="is a link"):
+        runs.remove(runs.open(tmp_path / "link"), yes=True)
+    assert (folder / "chapter").exists()
+    assert (run.dir / "status.json").exists()
+    # One whose status is damaged can go, and stands in nobody's way.
+    (run.dir / "status.json").write_text("")
+    assert runs.remove(runs.open(run.dir), yes=True)
+    assert not run.dir.exists()
