@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import html
+import json
 import re
 import shutil
 import subprocess
+import warnings
 from pathlib import Path
 
+import nbformat
 import pytest
 
-from dpo_kit import display, listing, notebook, plots, tables
+from dpo_kit import config, dataset, display, listing, notebook, plots, tables
+from dpo_kit.preferences import PairStore
 from tests.test_notebook import Letters, store_of
 from tests.test_runs import finished
 from tests.test_tables import run, with_samples  # noqa: F401
@@ -93,6 +97,23 @@ def markup(shown: object) -> str:
     return shown._repr_html_()
 
 
+def built(folder: Path) -> PairStore:
+    """Pairs from a file whose name, rows and bad rows are payloads."""
+    path = folder / f"{PAYLOADS[4]}.jsonl"
+    rows = [{"chosen": f"{p} yes", "rejected": f"{p} no"} for p in PAYLOADS]
+    bad = [{"chosen": p, "rejected": None} for p in PAYLOADS[:5]] + [{"chosen": p} for p in PAYLOADS[5:10]]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *bad]))
+    tree = {
+        "actor": {"path": "tiny-random"},
+        "ref": {"path": "tiny-random"},
+        "train_dataset": {"path": str(path), "bad_rows": "quarantine"},
+        "cluster": {"fileroot": str(folder / "runs")},
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return dataset.build(config.from_tree(tree))
+
+
 @pytest.fixture
 def pages(tmp_path, monkeypatch, run, fakes):  # noqa: F811
     """Every view of data with every payload in it, by name."""
@@ -114,6 +135,7 @@ def pages(tmp_path, monkeypatch, run, fakes):  # noqa: F811
         "a run": markup(ended),
         "lists of runs": f"<pre>{html.escape(listing.list_table(fakes.fileroot))}</pre>",
         "tables": "".join(markup(display.table([p, "b"], [[p, 1]], caption=p)) for p in PAYLOADS),
+        "a report on data": markup(notebook.data_report(built(tmp_path))),
         "paragraphs": "".join(markup(display.paragraph(p)) for p in PAYLOADS),
         "charts": figures[0].to_html(full_html=False, include_plotlyjs=True)
         + "".join(figure.to_html(full_html=False, include_plotlyjs=False) for figure in figures[1:]),
@@ -127,3 +149,20 @@ def test_nothing_runs_and_all_is_shown(tmp_path, pages):
     for name in ("pairs", "samples", "tables", "paragraphs"):
         text = html.unescape(re.sub(r"<[^>]*>", "", pages[name]))
         assert text.count("setAttribute") >= len(PAYLOADS), name
+
+
+@needs_browser
+def test_an_exported_notebook_shows_text_and_runs_nothing(tmp_path, pages):
+    """What `make demo` shares: outputs of every kind, through nbconvert."""
+    from nbconvert import HTMLExporter
+
+    html = [nbformat.v4.new_output("display_data", {"text/html": body}) for body in pages.values()]
+    texts = [
+        nbformat.v4.new_output("stream", name="stdout", text="\n".join(PAYLOADS)),
+        nbformat.v4.new_output("display_data", {"text/plain": "\n".join(PAYLOADS)}),
+        nbformat.v4.new_output("error", ename="E", evalue=PAYLOADS[0], traceback=PAYLOADS),
+    ]
+    cells = [nbformat.v4.new_code_cell("\n".join(PAYLOADS), outputs=[*html, *texts])]
+    body, _ = HTMLExporter().from_notebook_node(nbformat.v4.new_notebook(cells=cells))
+    assert not ran(in_browser(tmp_path, body))
+    assert body.count("setAttribute") > 5 * len(PAYLOADS)
