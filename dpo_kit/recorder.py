@@ -29,6 +29,7 @@ class Recorder:
         self.phase = ""
         self.shown: tuple[str, float] = ("", 0.0)
         self.untold: dict[str, Any] | None = None
+        self.done: int | None = None  # steps
         self.step: int | None = None  # the one at hand
         self.tensorboard: Any = None
 
@@ -50,9 +51,15 @@ class Recorder:
         now = time.monotonic()
         self.phase = phase
         if step is not None:
-            self.step = min(step + 1, total or step + 1)
+            self.done, self.step = step, min(step + 1, total or step + 1)
         total_steps = total if phase == "first step" else None
-        self.untold = {"phase": phase, "done": done, "total": total, "step": step, "total_steps": total_steps}
+        self.untold = {
+            "phase": phase,
+            "done": done,
+            "total": total,
+            "step": self.done,
+            "total_steps": total_steps,
+        }
         if phase != self.shown[0] or now - self.shown[1] > PROGRESS_EVERY_S or done == total:
             self.shown = (phase, now)
             self.flush()

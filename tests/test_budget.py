@@ -339,7 +339,7 @@ def test_halving_is_written_and_repeated_by_the_commands(run_dir):
     written = read_json(run_dir / "manifest.json")
     start = f"dpo-kit train --config {run_dir / 'config.yaml'}"
     assert written["command"] == f"{start} trial_name=null {numbers}"
-    assert written["continue"] == f"{start} recover.mode=auto {numbers}"
+    assert written["continue"] == f"dpo-kit runs resume {run_dir}"  # which reads `budget.json`
     assert written["versions"] == {}
 
 

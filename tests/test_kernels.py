@@ -6,17 +6,21 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import nbformat
 import pytest
+import yaml
 from nbclient import NotebookClient
 
-from dpo_kit import runs
+from dpo_kit import commit, history, runs
 from tests.fakes import LONG
 from tests.test_ranks import wait_for_pids, wait_gone
 from tests.test_supervisor import until
 
 pytestmark = pytest.mark.notebook
+
+ROOT = Path(__file__).parents[1]
 
 START = """
 import functools
@@ -162,6 +166,51 @@ def test_papermill_that_is_ended_takes_its_run_along(papermill, fakes, number):
     assert fakes.living() == []
 
 
+def test_the_same_papermill_command_goes_on_and_then_skips(tmp_path):
+    """A real run of the training notebook on two ranks, ended in mid-training, then the same command twice."""
+    overrides = [
+        "recover.mode=auto",
+        "recover.freq_steps=1",
+        "actor.backend=fsdp:d2",
+        "cluster.n_gpus_per_node=0",
+    ]
+    overrides += [f"cluster.fileroot={tmp_path / 'runs'}", "total_train_epochs=100", "total_train_steps=40"]
+    command = [sys.executable, "-m", "papermill", "notebooks/train.ipynb", str(tmp_path / "out.ipynb")]
+    command += [
+        "-f",
+        "params/smoke.yaml",
+        "-p",
+        "trial_name",
+        "one",
+        "-y",
+        yaml.safe_dump({"overrides": overrides}),
+    ]
+    run_dir = tmp_path / "runs" / "smoke" / "one"
+
+    def begin():
+        with open(tmp_path / "log", "wb") as log:
+            return subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT, start_new_session=True)
+
+    process = begin()
+    until(lambda: len(commit.steps(run_dir / "checkpoints")) >= 2, 120)
+    process.terminate()
+    process.wait(timeout=90)
+    run = runs.Run(run_dir)
+    until(lambda: not run.is_live, 60)
+    assert run.state == "preempted"
+    stopped_at = run.status["step"]
+    assert 2 <= stopped_at < 40
+    assert begin().wait(timeout=300) == 0, (tmp_path / "log").read_text()[-3000:]
+    assert run.state == "done"
+    losses = [line["step"] for line in history.read_metrics(run_dir) if "dpo/loss" in line]
+    assert losses == list(range(1, 41))
+    assert f"resumed from checkpoint step-{stopped_at}" in (run_dir / "logs" / "rank-0.log").read_text()
+    before = (run_dir / "status.json").read_bytes()
+    assert begin().wait(timeout=300) == 0, (tmp_path / "log").read_text()[-3000:]
+    assert (run_dir / "status.json").read_bytes() == before
+    assert "smoke/one is done at step 40: skipped" in (tmp_path / "out.ipynb").read_text()
+
+
 def test_papermill_exits_with_the_cause_in_the_last_cell(papermill, fakes):
     fakes.play({"0": [["sleep", 60]], "1": [["raise", "ValueError", "boom"]]})
     process = papermill()
@@ -172,4 +221,4 @@ def test_papermill_exits_with_the_cause_in_the_last_cell(papermill, fakes):
     error = book.cells[-1].outputs[-1]
     assert error.ename == "RunError"
     assert "failed: rank 1: ValueError: boom (logs/rank-1.log)" in error.evalue
-    assert "to continue: dpo-kit train --config" in error.evalue
+    assert "to continue: dpo-kit runs resume" in error.evalue

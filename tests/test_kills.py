@@ -8,14 +8,17 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import psutil
+import pytest
 
 from dpo_kit import commit, history
+from dpo_kit.files import read_json
 
 KILLS = int(os.environ.get("DPO_KIT_KILLS", "5"))
 STEPS = 24
@@ -81,9 +84,35 @@ def numbers(run_dir: Path) -> list[dict]:
     return [{k: v for k, v in line.items() if k not in times} for line in history.read_metrics(run_dir)]
 
 
-def test_killed_runs_end_with_the_weights_of_an_undisturbed_one(tmp_path):
-    calm, wild = (tmp_path / "runs" / "kills" / name for name in ("calm", "wild"))
-    assert start(tmp_path, "calm").wait() == 0, (tmp_path / "calm.log").read_text()
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory):
+    """The folder of a run that nobody disturbs."""
+    root = tmp_path_factory.mktemp("calm")
+    assert start(root, "calm").wait() == 0, (root / "calm.log").read_text()
+    return root / "runs" / "kills" / "calm"
+
+
+def test_a_killed_rank_is_replaced_and_changes_nothing(calm, tmp_path):
+    """One of two ranks is killed, twice; the supervisor starts both again from the last whole checkpoint."""
+    process, run_dir = start(tmp_path, "one"), tmp_path / "runs" / "kills" / "one"
+    killed: list[int] = []
+    while process.poll() is None and len(killed) < 2:
+        ranks = (read_json(run_dir / "status.json", {}) if run_dir.exists() else {}).get("ranks") or []
+        if ranks and ranks[1] not in killed and len(commit.steps(run_dir / "checkpoints")) > len(killed):
+            killed.append(ranks[1])
+            os.kill(ranks[1], signal.SIGKILL)
+        time.sleep(0.01)
+    assert process.wait() == 0, (tmp_path / "one.log").read_text()
+    assert len(killed) == 2
+    assert read_json(run_dir / "status.json")["attempt"] == 3
+    said = (tmp_path / "one.log").read_text()
+    assert said.count("rank 1: ended from outside by SIGKILL") == 2, said
+    assert content(run_dir / "model") == content(calm / "model")
+    assert numbers(run_dir) == numbers(calm)
+
+
+def test_killed_runs_end_with_the_weights_of_an_undisturbed_one(calm, tmp_path):
+    wild = tmp_path / "runs" / "kills" / "wild"
     rng = random.Random(11)
     for number in range(KILLS):
         acknowledged, newest = kill_at_random(tmp_path, wild, rng)
