@@ -51,9 +51,9 @@ bench: setup
 	$(BIN)/python benchmarks/bench.py $(BENCH)
 
 evidence: setup
-	DPO_KIT_KILLS=50 $(BIN)/python -m pytest -s tests/test_kills.py
-	DPO_KIT_SLOPE_STEPS=2000 $(BIN)/python -m pytest -s tests/test_memory_slope.py
-	$(BIN)/python benchmarks/build_memory.py --gib 1
+	DPO_KIT_KILLS=50 $(BIN)/python -m pytest -s tests/test_kills.py > docs/evidence/kills.log
+	DPO_KIT_SLOPE_STEPS=2000 $(BIN)/python -m pytest -s tests/test_memory_slope.py > docs/evidence/memory_slope.log
+	$(BIN)/python benchmarks/build_memory.py --gib 1 -o docs/evidence/build_memory.md
 
 lab: setup
 	$(BIN)/jupyter lab --notebook-dir=.
