@@ -168,25 +168,30 @@ class Lines:
             self.told = message
             self.write(message)
         now = time.monotonic()
-        changed = status.get("phase") != self.phase
+        # Saving takes turns with training: a line a step would bury what matters.
+        saving = status.get("phase") == "checkpoint" and self.phase is not None
+        changed = status.get("phase") != self.phase and not saving
         if changed:
             self._phases_done(status)
             self.phase, self.tenth = status.get("phase"), _tenth(status)
         tenth = _tenth(status)
-        reached = self.phase == "training" and tenth > self.tenth
+        reached = self.phase == "training" and not saving and tenth > self.tenth
         due = now - self.last_at > SILENT_S if self.last_at else now - self.started > FIRST_LINE_S
         if (changed and self.phase) or reached or due:
-            self.tenth = tenth
+            self.tenth = self.tenth if saving else tenth
             self.last_at = now
-            self.write(describe(status) + (_figures(self.run_dir) if self.phase == "training" else ""))
+            is_training = status.get("phase") == "training"
+            self.write(describe(status) + (_figures(self.run_dir) if is_training else ""))
 
     def finish(self, status: dict[str, Any]) -> None:
         """Prints how the run ended."""
-        self._phases_done(status)
+        self._phases_done(status, ended=True)
         self.write(describe(status))
 
-    def _phases_done(self, status: dict[str, Any]) -> None:
+    def _phases_done(self, status: dict[str, Any], *, ended: bool = False) -> None:
         for phase in status.get("phases", []):
+            if phase["name"] == "checkpoint" and not ended:
+                continue
             spent = phase["seconds"] - self.seconds.get(phase["name"], 0.0)
             if spent > 0:
                 self.write(f"{phase['name']}: done in {spent:.1f} s")

@@ -96,8 +96,8 @@ def _run(run_dir: Path, config: Config, world: World, recorder: Recorder, should
     end_token_id = int(train.pair(0).chosen_ids[-1])
     dtype = DTYPES[config.actor.dtype]
 
-    def save(folder: Path) -> None:
-        recorder.progress("export")
+    def save(folder: Path, phase: str = "checkpoint") -> None:
+        recorder.progress(phase)
         text = card.model_card(config, history.read_metrics(run_dir)) if world.is_main else ""
         model.export(
             state.policy, folder, tokenizer, world, dtype=dtype, end_token_id=end_token_id, card=text
@@ -124,7 +124,7 @@ def _run(run_dir: Path, config: Config, world: World, recorder: Recorder, should
         recorder.flush()
     if config.recover.keep == "all":
         keeper.save(last)
-    save(run_dir / "model")
+    save(run_dir / "model", "export")
 
 
 def check_micro_batch(config: Config, train: PairStore) -> None:

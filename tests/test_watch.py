@@ -205,3 +205,20 @@ def test_a_child_without_words_is_told_by_its_end(tmp_path):
         "samples: ended with status 1 without a word (logs/samples.log)"
     )
     assert "ended from outside by SIGSEGV" in child_failure(tmp_path, "samples", -11).message
+
+
+def test_saving_between_steps_is_told_only_when_it_is_slow(tmp_path, monkeypatch):
+    clock, told = Clock(monkeypatch), []
+    lines = watch.Lines(tmp_path, told.append)
+    for step in range(100):
+        clock.now += 0.01
+        seconds = 0.01 * step
+        phases = [{"name": "training", "seconds": seconds}, {"name": "checkpoint", "seconds": seconds}]
+        lines.update(status(phase_done=step + 1, phase_total=100, phases=phases))
+        lines.update(status(phase="checkpoint", phase_done=0, phase_total=None, phases=phases))
+    assert [line.split(":")[0] for line in told] == ["training"] * 11
+    clock.now += 5.0
+    lines.update(status(phase="checkpoint", phase_done=0, phase_total=None))
+    assert told[-1].startswith("checkpoint: ")
+    lines.finish(status(state="done", phases=[{"name": "checkpoint", "seconds": 6.0}], ended_at=1006.0))
+    assert "checkpoint: done in 6.0 s" in told
