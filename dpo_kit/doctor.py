@@ -134,7 +134,7 @@ def _dropout_of(config: Config) -> str:
 def _places(config: Config, report: _Report) -> bool:
     """Models, tokenizers, memory, disk; whether models and data are there to be tried."""
     usable = True
-    checks: tuple[tuple[str, str, Callable[[Config], None], bool], ...] = (
+    checks: tuple[tuple[str, str, Callable[[Config], object], bool], ...] = (
         ("models", f"{config.actor.path}; the reference reads the same tokens", preflight.check_models, True),
         ("memory", "weights, optimizer and the longest pair fit", preflight.check_memory, False),
         (

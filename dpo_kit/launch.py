@@ -249,7 +249,8 @@ def _open_trial(config: Config, kind: str, source: str | Path | None = None) -> 
         return Run(folder), True
     if exists:
         runs.sweep(Run(folder))
-    preflight.check(config)
+    if disk := preflight.check(config):
+        _say(disk)
     made = manifest.build(config, named=named, owner=kind, source=source)
     made |= {"command": manifest.repeat_command(folder), "continue": manifest.continue_command(folder)}
     if exists:

@@ -24,22 +24,28 @@ _QUICK_BYTES = 32 * 2**20
 _HUB_ID = r"[\w.-]+(/[\w.-]+)?"
 
 
-def check(config: Config, *, trains: bool = True) -> None:
-    """Refuses a run whose models or data are plainly not there, or that cannot fit in memory.
+def check(config: Config, *, trains: bool = True) -> str:
+    """Refuses a run whose models or data are plainly not there, or that cannot fit in memory or on the disk.
 
     Args:
         config: devices resolved where it trains.
         trains: False where the models are only run forward.
+
+    Returns:
+        What a run that writes checkpoints needs of the disk (see `check_disk`).
 
     Raises:
         ConfigError: with every problem of the models, or what memory they need.
         DataError: with the first problem of the data.
     """
     check_models(config)
+    told = ""
     if trains:
-        check_disk(config)
+        told = check_disk(config)
         check_memory(config)
     check_data(config)
+    recover = config.recover
+    return told if any((recover.freq_steps, recover.freq_epochs, recover.freq_secs)) else ""
 
 
 def check_models(config: Config) -> None:
@@ -106,11 +112,15 @@ def check_memory(config: Config) -> None:
         )
 
 
-def check_disk(config: Config) -> None:
-    """Refuses a run whose checkpoints, exports and final model do not fit on the disk, beside those it has already."""
+def check_disk(config: Config) -> str:
+    """Refuses a run whose checkpoints, exports and final model do not fit on the disk, beside those it has already.
+
+    Returns:
+        What they need and what is free, in one line; empty while the model's sizes are not known.
+    """
     shape = _shape(config)
     if shape is None:
-        return
+        return ""
     root, there = Path(config.cluster.fileroot), 0
     if config.trial_name is not None:
         there = len(commit.steps(root / config.experiment_name / config.trial_name / "checkpoints"))
@@ -119,15 +129,18 @@ def check_disk(config: Config) -> None:
     exports = 1 + config.saver.best  # more when `saver` has a frequency, which only the data tell how often
     models = exports * shape.params * memory.DTYPE_BYTES[config.actor.dtype]
     free = room.free_disk(root)
+    told = (
+        f"{number} checkpoint{'s' * (number != 1)} and {exports} model{'s' * (exports > 1)} need"
+        f" {room.size_text(checkpoints + models)}, and {room.size_text(free)} are free"
+    )
     if checkpoints + models > free:
         raise ConfigError(
             [
-                f"cluster.fileroot = {str(root)!r}: {number} checkpoint{'s' * (number != 1)} and {exports} model"
-                f"{'s' * (exports > 1)} need {room.size_text(checkpoints + models)}, and {room.size_text(free)} are"
-                " free; use recover.keep=1, free space (dpo-kit runs prune, dpo-kit cache rm), or another"
-                " cluster.fileroot"
+                f"cluster.fileroot = {str(root)!r}: {told}; use recover.keep=1, free space (dpo-kit runs prune,"
+                " dpo-kit cache rm), or another cluster.fileroot"
             ]
         )
+    return f"disk: {told}"
 
 
 def longest_known_pair(config: Config) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import time
 import pytest
 import yaml
 
-from dpo_kit import commit, devices, forks, history, launch, records, runs
+from dpo_kit import builtin, commit, devices, forks, history, launch, records, runs
 from dpo_kit.errors import DataError, RunError, UserError
 from dpo_kit.files import read_json
 from tests.fakes import LONG
@@ -553,3 +554,13 @@ def test_a_done_trial_is_skipped_in_the_foreground(fakes, capsys):
     assert launch.run_in_foreground(config) == 0
     assert launch.run_in_foreground(config) == 0
     assert "skipped" in capsys.readouterr().out
+
+
+def test_what_checkpoints_need_of_the_disk_is_told(fakes, capsys, model_cache):
+    builtin.ensure("tiny-random")
+    launch.start(fakes.config()).wait()
+    assert "disk:" not in capsys.readouterr().out
+    launch.start(fakes.config("recover.freq_steps=1", "seed=2"), new=True).wait()
+    assert re.search(
+        r"disk: 3 checkpoints and 1 model need [\d.]+ MiB, and [\d.]+ GiB are free", capsys.readouterr().out
+    )
