@@ -20,7 +20,7 @@ from typing import Any
 from dpo_kit import config as config_module
 from dpo_kit import hangs, records, watch
 from dpo_kit.config import Config
-from dpo_kit.processes import child_environment, end_tree, is_alive, python_path
+from dpo_kit.processes import child_environment, end_tree, identify, is_alive, python_path
 
 STOPPED = 3  # exit status of a rank that ended because it was asked to
 _POLL_S = 0.1
@@ -162,7 +162,8 @@ def merge(session: Session) -> None:
         status = None
         session.written, session.written_at = fields, now
         with contextlib.suppress(OSError):
-            status = records.update_status(session.run_dir, **fields)
+            # The state, too: somebody may have damaged the file meanwhile.
+            status = records.update_status(session.run_dir, state="running", supervisor=identify(), **fields)
     if session.lines:
         session.lines.update(status or records.read_status(session.run_dir))
 

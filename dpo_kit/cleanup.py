@@ -51,6 +51,8 @@ def spare_checkpoints(runs: list[Run], keep: int) -> list[Item]:
             continue
         for pattern in _LEFTOVERS:
             for path in sorted(run.dir.glob(pattern)):
+                if path.suffix == ".old" and not path.with_name(path.name[1:].rpartition("-")[0]).exists():
+                    continue  # the only copy, which takes its name again when the run goes on
                 found.append(
                     Item(path, f"{run.name} {path.relative_to(run.dir)}", size_of(path), run=run.dir)
                 )

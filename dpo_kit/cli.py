@@ -28,7 +28,7 @@ from dpo_kit.redaction import guarded_output
 EXIT = {"done": 0, "stopped": 3, "preempted": 3}
 # On a terminal a counter is drawn over; in a log a line comes now and then, so that nothing is silent for 5 s.
 _REDRAW_S, _LINE_S = 0.2, 4.0
-_COUNTER = re.compile(r"\r([^\r]*)\x1b\[K")
+_DRAWN = re.compile(r"((?:\r|\x1b\[A)*)(.*?)((?:\x1b\[K)?\r?)", re.DOTALL)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,9 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _for_terminals(text: str) -> str:
-    """Text of data, names and models must not steer the terminal; a counter that draws over itself may."""
-    counter = _COUNTER.fullmatch(text)
-    return f"\r{visible(counter[1])}\x1b[K" if counter else visible(text)
+    """Text of data, names and models must not steer the terminal; what draws a line anew (counters, tqdm) may."""
+    drawn = _DRAWN.fullmatch(text)
+    assert drawn is not None
+    return f"{drawn[1]}{visible(drawn[2])}{drawn[3]}"
 
 
 def _run(argv: Sequence[str] | None) -> int:

@@ -43,20 +43,14 @@ def fork(parent: Run, step: int | None = None, overrides: Sequence[str] = ()) ->
     preflight.check(config)
     made = manifest.build(config, named=named, owner="foreground")
     made["parent"] = {"run": parent.name, "folder": str(parent.dir), "step": step}
-    try:
-        folder = records.create(
-            Path(config.cluster.fileroot),
-            config.experiment_name,
-            str(config.trial_name),
-            config_text=config_module.to_yaml(config),
-            manifest=made,
-            fill=lambda staged: _inherit(parent.dir, staged, step),
-        )
-    except shutil.Error:
-        raise UserError(
-            f"{parent.name} removed its checkpoint of step {step} meanwhile (recover.keep); fork again, or name a later"
-            " one with --step"
-        ) from None
+    folder = records.create(
+        Path(config.cluster.fileroot),
+        config.experiment_name,
+        str(config.trial_name),
+        config_text=config_module.to_yaml(config),
+        manifest=made,
+        fill=lambda staged: _inherit(parent.dir, staged, step),
+    )
     return Run(folder)
 
 
@@ -108,9 +102,17 @@ def _inherit(parent: Path, folder: Path, step: int) -> None:
     """Copies a checkpoint, and what was recorded until then, into a folder that has no name yet."""
     name = f"step-{step}"
     (folder / "checkpoints").mkdir()
-    shutil.copytree(parent / "checkpoints" / name, folder / "checkpoints" / name, copy_function=_link)
-    if problem := commit.committed(folder / "checkpoints" / name)[1]:
-        raise shutil.Error(problem)  # the parent removed it while it was copied
+    source, target = (place / "checkpoints" / name for place in (parent, folder))
+    try:
+        shutil.copytree(source, target, copy_function=_link)
+    except (shutil.Error, FileNotFoundError):
+        if commit.committed(source)[1] == "":
+            raise
+    if commit.committed(target)[1]:
+        raise UserError(
+            f"{parent} removed its checkpoint of step {step} meanwhile (recover.keep); fork again, or name a later one"
+            " with --step"
+        )
     for name in ("metrics.jsonl", "evaluations"):
         if (parent / name).is_dir():
             shutil.copytree(parent / name, folder / name)

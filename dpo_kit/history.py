@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from dpo_kit.errors import UserError
 from dpo_kit.files import atomic_write, to_json, told
 
 METRICS = "metrics.jsonl"
+_STEP = re.compile(r"step-(\d+)\.jsonl")
 
 
 def append_metrics(run_dir: Path, record: dict[str, Any]) -> None:
@@ -78,7 +80,7 @@ def cut_records(run_dir: Path, step: int, *, owes_evaluation: bool = False) -> l
     if path.exists() and path.read_bytes() != text.encode("utf-8"):
         atomic_write(path, text)
     for file in (Path(run_dir) / "evaluations").glob("step-*.jsonl"):
-        if int(file.stem.removeprefix("step-")) > step:
+        if (number := _STEP.fullmatch(file.name)) and int(number[1]) > step:
             file.unlink()
     missing = sorted({*range(1, step + 1)} - {r["step"] for r in kept if not _is_evaluation(r)})
     if missing:
@@ -102,6 +104,11 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     if wrong:
         raise UserError(f"{wrong[0]}; it was changed outside the kit: remove that line")
     return records
+
+
+def readable_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The records of `metrics.jsonl` that can be read; damage there is no reason to lose anything else."""
+    return _read(Path(run_dir) / METRICS)[0]
 
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], list[str]]:

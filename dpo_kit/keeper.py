@@ -56,7 +56,10 @@ class Keeper:
         folder = self.folder / f"step-{step}"
         self._check(step, read_json(folder / checkpoint.STATE))
         facts = checkpoint.load(folder, state.policy, self.optimizer, state.world)
-        self.best, self.saved = facts["best"] if facts["best"] is not None else math.inf, step
+        self.saved = step
+        # A fork has no `exports/best` yet, and its losses may be of another kind.
+        is_fork = self._parent().get("step") == step
+        self.best = math.inf if facts["best"] is None or is_fork else facts["best"]
         if state.world.is_main:
             ranks = facts["num_ranks"]
             other = f", written by {ranks} rank{'s' * (ranks > 1)}" if ranks != state.world.size else ""
@@ -65,7 +68,7 @@ class Keeper:
 
     def _check_nothing_is_lost(self, damaged: list[str]) -> None:
         """To begin at the first step is right for a run that has no checkpoint, and for no other."""
-        parent = (read_json(self.manifest, {}) or {}).get("parent")
+        parent = self._parent()
         if damaged:
             raise UserError(
                 f"no checkpoint in {self.folder} is whole: {'; '.join(damaged)}; nothing was changed. Put them back, or"
@@ -97,6 +100,10 @@ class Keeper:
         if keep != "all" and state.world.is_main:
             commit.retain(self.folder, int(keep), step)
 
+    def _parent(self) -> dict[str, Any]:
+        """What a fork is of; empty for a run that is none."""
+        return read_json(self.manifest, {}).get("parent") or {}
+
     def _identity(self) -> dict[str, Any]:
         state = self.state
         weights = read_json(self.manifest, {}).get("weights", {}) if state.world.is_main else {}
@@ -110,9 +117,8 @@ class Keeper:
     def _check(self, step: int, facts: dict[str, Any]) -> None:
         then, now = facts["identity"], self._identity()
         different = identity.changed(_with_defaults(then.pop("config")), now.pop("config"))
-        parent = read_json(self.manifest, {}).get("parent") or {}
-        if parent.get("step") == step:  # a fork: its settings are its own from here on
-            different = {}
+        if self._parent().get("step") == step:  # a fork: its settings are its own from here on
+            different, then["valid"] = {}, now["valid"]
         if self.state.world.is_main:
             marks = identity.differences(_short(then), _short(now))
             different |= {f"the content of {key}": text for key, text in marks.items()}

@@ -118,8 +118,24 @@ def resume_in_foreground(run: Run) -> int:
     if is_done:
         _say(f"{run.name} is done; nothing to resume")
     else:
+        if not run.status.get("trained"):
+            _check_resume(run)
         runs.begin_anew(run)
     return foreground(run, is_done)
+
+
+def _check_resume(run: Run) -> None:
+    """Refuses what the ranks of a run would stumble over, before anything of it is touched."""
+    config = run.config
+    try:
+        resolve_world(config, lambda _: None)
+    except UserError as error:
+        raise UserError(
+            f"{error}; to go on with others: dpo-kit train --config {run.dir / 'config.yaml'} recover.mode=auto"
+            " cluster.n_gpus_per_node=auto actor.backend=fsdp"
+        ) from None
+    runs.sweep(run)
+    preflight.check(config)
 
 
 def foreground(run: Run, is_done: bool) -> int:

@@ -69,10 +69,19 @@ def lock_owner(run_dir: Path) -> dict[str, Any] | None:
         return None
     if not owner or owner.get("inode") != Path(run_dir).stat().st_ino:
         return None
+    if not isinstance(owner.get("pid"), int):
+        return None
     if owner.get("host") != socket.gethostname():
         age_s = time.time() - float(read_status(run_dir).get("updated_at") or 0.0)
         return owner if age_s < REMOTE_HEARTBEAT_S else None
     return owner if is_alive(owner) else None
+
+
+@contextlib.contextmanager
+def unowned(run_dir: Path) -> Iterator[bool]:
+    """Whether nobody holds the folder; nobody can take it meanwhile. Needs no room on the disk."""
+    with _guard(run_dir):
+        yield lock_owner(run_dir) is None
 
 
 def _is_mine(owner: dict[str, Any]) -> bool:

@@ -51,8 +51,8 @@ def is_alive(identity: dict[str, Any] | None) -> bool:
         if process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
             return False
         started = process.create_time()
-    except (psutil.NoSuchProcess, psutil.ZombieProcess):
-        return False
+    except (psutil.NoSuchProcess, psutil.ZombieProcess, ValueError, TypeError, OverflowError):
+        return False  # the last three: no number of a process
     except psutil.AccessDenied:
         return True
     expected = identity.get("create_time")

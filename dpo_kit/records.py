@@ -193,6 +193,12 @@ def clear(run_dir: Path) -> str:
     return told
 
 
+def has_made(run_dir: Path) -> bool:
+    """Whether anything of a run lies in its folder that would be a loss."""
+    names = (*_WORTH_KEEPING, EARLIER, "checkpoints")
+    return any((run_dir / name).is_file() or any((run_dir / name).glob("*")) for name in names)
+
+
 def clear_requests(run_dir: Path) -> None:
     """Removes what concerns an ended attempt only, so that the next one goes on from a checkpoint."""
     for name in ("progress.json", "stop.json"):
@@ -301,14 +307,28 @@ def read_status(run_dir: Path) -> dict[str, Any]:
         return {"state": "failed", "message": str(error)}
     if status is _MISSING:
         return {}
-    times = ("created_at", "updated_at", "started_at", "ended_at", "step", "total_steps", "attempt")
-    is_whole = isinstance(status, dict) and status.get("state") in STATES
-    if not (is_whole and all(isinstance(status.get(key, 0), (int, float, type(None))) for key in times)):
+    if not (isinstance(status, dict) and status.get("state") in STATES and _is_well_typed(status)):
         return {
             "state": "failed",
             "message": f"{path} holds no state of a run; it was changed outside the kit",
         }
     return status
+
+
+def _is_well_typed(status: dict[str, Any]) -> bool:
+    numbers = ("created_at", "updated_at", "started_at", "ended_at", "step", "total_steps", "attempt")
+    return (
+        all(
+            value is None or (isinstance(value, (int, float)) and abs(value) < 1e12)
+            for value in (status.get(key) for key in numbers)
+        )
+        and all(isinstance(status.get(key) or {}, dict) for key in ("supervisor", "owner"))
+        and all(isinstance(status.get(key) or [], list) for key in ("phases", "ranks"))
+        and all(
+            isinstance(phase, dict) and {"name", "seconds"} <= phase.keys()
+            for phase in status.get("phases") or []
+        )
+    )
 
 
 def update_status(run_dir: Path, **fields: Any) -> dict[str, Any]:

@@ -4,8 +4,8 @@ A secret is the value of an environment variable whose name says so (`HF_TOKEN`,
 `AWS_SECRET_ACCESS_KEY`), or text that looks like one wherever it is from: a token with a known prefix, a password
 inside a URL.
 
-Known limits: what C++ code writes to a log itself, secrets of fewer than 8 characters, and data: a row that holds a
-token is data, and its text is shown. The notebook that papermill writes holds the parameters as they were given.
+Known limits: what C++ code writes to a log itself, secrets of fewer than 8 characters, plain words, and data: a row
+that holds a token is data, and its text is shown. The notebook that papermill writes holds the parameters as given.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 SHOWN = "[redacted]"
-_MIN_LENGTH = 8
+_MIN_LENGTH, _LONG = 8, 20
 _SECRET_NAME = re.compile(
     r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|APIKEY|(API|ACCESS|PRIVATE|SECRET)_KEY)$", re.IGNORECASE
 )
 _PREFIXED = re.compile(
-    r"\b(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,}|glpat-[\w-]{20,}"
+    r"\b(hf_[A-Za-z0-9]{34,}|sk-(?=[\w-]*[0-9])(?=[\w-]*[A-Z])[\w-]{40,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,}|glpat-[\w-]{20,}"
     r"|AKIA[0-9A-Z]{16}|xox[abprs]-[\w-]{10,}|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]{10,})"
 )
 _URL_PASSWORD = re.compile(r"(?<=://)[^\s/@:]*:[^\s/@]+(?=@)")
@@ -32,13 +32,16 @@ _URL_PASSWORD = re.compile(r"(?<=://)[^\s/@:]*:[^\s/@]+(?=@)")
 def redact(text: str) -> str:
     """`text` with `[redacted]` in place of every secret."""
     for _, value in _environment():
-        text = text.replace(value, SHOWN)
+        if value in text:
+            text = _whole(value).sub(SHOWN, text)
     return _URL_PASSWORD.sub(SHOWN, _PREFIXED.sub(SHOWN, text))
 
 
 def found_in(text: str) -> str | None:
     """Which secret a text holds, in words that do not show it; None for none."""
-    name = next((name for name, value in _environment() if value in text), None)
+    name = next(
+        (name for name, value in _environment() if value in text and _whole(value).search(text)), None
+    )
     if name:
         return f"what the environment variable {name} holds"
     if _PREFIXED.search(text):
@@ -47,10 +50,18 @@ def found_in(text: str) -> str | None:
 
 
 def _environment() -> Iterator[tuple[str, str]]:
-    """Name and value of the variables that hold a secret; the value of one may be a path, which is none."""
+    """Name and value of the variables that hold a secret, and neither a path nor a plain word."""
     for name, value in os.environ.items():
-        if len(value) >= _MIN_LENGTH and _SECRET_NAME.search(name) and not os.path.exists(value):
+        if len(value) < _MIN_LENGTH or not _SECRET_NAME.search(name) or os.path.exists(value):
+            continue
+        is_word = not re.search(r"\d", value) or not re.search(r"[A-Za-z]", value)
+        if len(value) >= _LONG or not is_word:
             yield name, value
+
+
+def _whole(value: str) -> re.Pattern[str]:
+    """The value where it is no part of a longer word."""
+    return re.compile(rf"(?<![A-Za-z0-9]){re.escape(value)}(?![A-Za-z0-9])")
 
 
 class _Filtered:

@@ -11,9 +11,11 @@ the weights' fingerprint, the dtype and the kernel. Not here: computing the valu
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -73,17 +75,18 @@ def lookup(folder: Path, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     at = np.minimum(np.searchsorted(have, want), len(have) - 1)
     found = have[at] == want
     values[found] = logps[at[found]]
-    return values, found
+    return values, found & np.isfinite(values).all(1)
 
 
 def add(folder: Path, keys: np.ndarray, values: np.ndarray) -> None:
     """Merges values into the cache, one process at a time; the file is written beside and renamed in, never half.
 
-    Of a pair that is held already the new values stay.
+    Of a pair that is held already the new values stay. What is no number is not kept.
     """
+    finite = np.isfinite(values).all(1)
+    keys, values = keys[finite], values[finite]
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as guard:
-        fcntl.flock(guard, fcntl.LOCK_EX)
+    with _alone(folder):
         for part in folder.glob("*.part"):  # of a process that ended in mid-write: nobody else writes now
             part.unlink()
         held = _read(folder)
@@ -98,7 +101,16 @@ def add(folder: Path, keys: np.ndarray, values: np.ndarray) -> None:
 
 def discard(folder: Path) -> None:
     """Forgets the values of a cache that turned out to be stale."""
-    (folder / "values.npz").unlink(missing_ok=True)
+    with _alone(folder):
+        (folder / "values.npz").unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process at a time; the system lets the next one in when this one dies."""
+    with open(folder / "lock", "w") as guard:
+        fcntl.flock(guard, fcntl.LOCK_EX)
+        yield
 
 
 def _read(folder: Path) -> tuple[np.ndarray, np.ndarray] | None:

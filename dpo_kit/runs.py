@@ -288,7 +288,7 @@ def begin_anew(run: Run, config: Config | None = None, made: dict[str, Any] | No
     Raises:
         UserError: somebody else is about to run it, or its files do not allow it; nothing was changed.
     """
-    sweep(run)
+    sweep(run)  # before the lock, which a full disk has no room for
     with locks.lock(run.dir):
         before = records.read_status(run.dir)
         if records.is_live(before):
@@ -304,11 +304,18 @@ def begin_anew(run: Run, config: Config | None = None, made: dict[str, Any] | No
             records.clear_requests(run.dir)
         else:
             told = records.clear(run.dir)
+        # First the status: with another configuration the model that is there is not what was asked for.
+        fields: dict[str, Any] = {"attempt": int(before.get("attempt") or 1) + 1}
+        if is_trained:
+            fields |= {"trained": True, "step": before.get("step"), "total_steps": before.get("total_steps")}
+        elif kept:
+            fields["step"] = kept[-1]
+        records.reset_status(run.dir, **fields)
         if config is not None:
+            old = read_json(run.dir / "manifest.json", {})
+            stays = {key: old[key] for key in ("parent", "repeats", "data", "weights") if key in old}
             atomic_write(run.dir / "config.yaml", config_module.to_yaml(config))
-            atomic_write(run.dir / "manifest.json", to_json(made, indent=2))
-        fields = {key: before.get(key) for key in ("step", "total_steps")} | {"trained": True}
-        records.reset_status(run.dir, **(fields if is_trained else {"step": kept[-1]} if kept else {}))
+            atomic_write(run.dir / "manifest.json", to_json({**stays, **(made or {})}, indent=2))
     if is_trained:
         how = "is trained; what is left is done now"
     elif kept:
@@ -320,15 +327,16 @@ def begin_anew(run: Run, config: Config | None = None, made: dict[str, Any] | No
 
 def sweep(run: Run) -> None:
     """Clears away what a killed run left half-written; it may be what fills the disk."""
-    if not run.is_live and not locks.lock_owner(run.dir):
-        commit.sweep(run.dir / "checkpoints")
-        for place in (run.dir, run.dir / "exports"):
-            commit.mend(place)
+    with locks.unowned(run.dir) as is_free:
+        if is_free and not run.is_live:
+            commit.sweep(run.dir / "checkpoints")
+            for place in (run.dir, run.dir / "exports"):
+                commit.mend(place)
 
 
 def _check_files(run: Run) -> None:
     """Reads what a run needs to go on, so that nothing is touched when it cannot."""
-    config = run.config
+    config_module.check(run.config)
     halving.read(run.dir)
     made = read_json(run.dir / "manifest.json", {})
     if made.get("parent") and not run.checkpoints():
@@ -337,16 +345,15 @@ def _check_files(run: Run) -> None:
             f"{run.name} is a fork of {parent.get('run')} at step {parent.get('step')}, and has no checkpoint any more;"
             f" fork again: dpo-kit runs fork {parent.get('folder')}"
         )
-    config_module.check(config)
 
 
 def _is_same(run: Run, config: Config | None) -> bool:
-    """Whether a configuration means the run that the folder holds."""
+    """Whether a configuration means the model that the folder holds: it differs in what follows the training only."""
     if config is None:
         return True
-    before, now = config_module.to_tree(run.config), config_module.to_tree(config)
-    length = {key: text for key, text in identity.differences(before, now).items() if key in identity.LENGTH}
-    return not identity.changed(before, now) and not length
+    after = ("evaluator.", "stats_logger.", "recover.", "cluster.", "scheduler.")
+    changed = identity.differences(config_module.to_tree(run.config), config_module.to_tree(config))
+    return all(key.startswith(after) for key in changed)
 
 
 def start_supervisor(run: Run, owner: str | None = None) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from dpo_kit import builtin, processes, records, tokens
+from dpo_kit import builtin, commit, processes, records, tokens
 from dpo_kit import config as config_module
 from dpo_kit.config import Config
 from dpo_kit.errors import UserError
@@ -126,7 +126,7 @@ def latest_export(run_dir: Path) -> Path:
     Raises:
         UserError: the run has written none yet.
     """
-    steps = sorted((run_dir / "exports").glob("step-*"), key=lambda p: int(p.name.removeprefix("step-")))
+    steps = [run_dir / "exports" / f"step-{step}" for step in commit.steps(run_dir / "exports")]
     for folder in [run_dir / "model", *reversed(steps)]:
         if (folder / "config.json").is_file():
             return folder

@@ -85,7 +85,7 @@ def supervise(
         (run_dir / "logs").mkdir(exist_ok=True)
         state, message, mistake = _guarded(session, modules)
         first = records.read_status(run_dir).get("attempt") == 1
-        if foreground and mistake and first and not session.started_ranks:
+        if foreground and mistake and first and not session.started_ranks and not records.has_made(run_dir):
             records.remove_folder(run_dir)
             raise UserError(message)
         _finish(session, state, message)
@@ -178,7 +178,7 @@ def _finish(session: Session, state: str, message: str) -> None:
         for step in commit.steps(checkpoints):
             commit.discard(checkpoints / f"step-{step}")
         commit.sweep(checkpoints)
-    if state == "done" and status["attempt"] == 1:  # the time of broken attempts is nobody's expectation
+    if state == "done" and status.get("attempt") == 1:  # the time of broken attempts is nobody's expectation
         watch.remember_seconds(Path(session.config.cluster.fileroot), session.kind, phases)
     if session.lines:
         session.lines.finish(status)

@@ -49,6 +49,16 @@ def test_a_live_run_keeps_its_checkpoints(run):
     assert cleanup.spare_checkpoints([run], 0) == []
 
 
+def test_the_only_copy_of_an_export_is_not_spare(run):
+    """Killed between two renames: the old model has another name, until the run goes on."""
+    (run.dir / ".model-7.old").mkdir()
+    (run.dir / ".best-7.part").mkdir()
+    names = [item.name for item in cleanup.spare_checkpoints([run], 9)]
+    assert names == ["exp/one .best-7.part"]
+    (run.dir / "model").mkdir()
+    assert len(cleanup.spare_checkpoints([run], 9)) == 2
+
+
 def test_caches_are_listed_and_removed_by_name(tmp_path, capsys):
     for name in ("pairs/aa", "pairs/.half", "reference/bb"):
         folder = tmp_path / ".cache" / name

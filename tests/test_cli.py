@@ -543,6 +543,12 @@ def test_nothing_that_is_shown_steers_the_terminal(tmp_path, capsys):
         assert "[U+001B]" in said
 
 
+def test_bars_that_draw_over_themselves_still_do():
+    for text in ("\rFetching: 50%|", "\r\x1b[A\rmore", "\rtraining: 3\x1b[K", "\x1b[A"):
+        assert cli._for_terminals(text) == text
+    assert cli._for_terminals("\rname \x1b[31m\x1b[K") == "\rname [U+001B][31m\x1b[K"
+
+
 def test_settings_do_not_change_under_a_resume(capsys):
     assert cli.main(["runs", "resume", "exp/one", "actor.beta=0.5"]) == 2
     assert "for others: dpo-kit runs fork RUN actor.beta=0.5" in capsys.readouterr().err

@@ -564,3 +564,70 @@ def test_what_checkpoints_need_of_the_disk_is_told(fakes, capsys, model_cache):
     assert re.search(
         r"disk: 3 checkpoints and 1 model need [\d.]+ MiB, and [\d.]+ GiB are free", capsys.readouterr().out
     )
+
+
+def trained(fakes, *overrides):
+    """A run that was killed after its training, while it made the samples."""
+    run = launch.start(fakes.config("trial_name=one", *overrides)).wait()
+    (run.dir / "model").mkdir()
+    (run.dir / "model" / "weights").write_text("x")
+    made = read_json(run.dir / "manifest.json")
+    (run.dir / "manifest.json").write_text(
+        json.dumps({**made, "data": {"train": 1}, "parent": {"run": "exp/zero"}})
+    )
+    records.update_status(run.dir, state="failed", trained=True)
+    return run
+
+
+def test_a_trained_run_keeps_what_it_was_made_from(fakes, capsys):
+    run = trained(fakes)
+    fakes.play({})  # ranks without a part to play would fail
+    again = launch.start(
+        fakes.config("trial_name=one", "recover.mode=auto", "evaluator.num_samples=1")
+    ).wait()
+    assert "exp/one is trained; what is left is done now" in capsys.readouterr().out
+    made = read_json(again.dir / "manifest.json")
+    assert (made["data"], made["parent"]) == ({"train": 1}, {"run": "exp/zero"})
+    assert (run.dir / "model" / "weights").exists()
+
+
+@pytest.mark.parametrize("override", ["total_train_epochs=2", "actor.path=smollm2-135m-instruct"])
+def test_a_trained_run_is_not_taken_for_another(fakes, override):
+    run = trained(fakes)
+    config = fakes.config("trial_name=one", "recover.mode=auto", override, "ref.path=${actor.path}")
+    launch._open_trial(launch.resolve_world(config), "foreground")
+    assert not records.read_status(run.dir).get("trained")
+    assert (run.dir / "earlier" / "attempt-1" / "model" / "weights").exists()
+
+
+def test_wrong_data_never_remove_a_folder_that_holds_something(fakes):
+    run = interrupted(fakes)
+    (run.dir / "status.json").write_text("")
+    fakes.play([], prepare=[["raise", "DataError", "all pairs are identical"]])
+    assert launch.resume_in_foreground(run) == 2
+    assert run.checkpoints() == [2]
+    assert run.status["attempt"] == 2
+
+
+def test_a_resume_on_a_machine_with_fewer_devices_is_refused_first(fakes):
+    run = interrupted(fakes)
+    text = (run.dir / "config.yaml").read_text()
+    (run.dir / "config.yaml").write_text(text.replace("n_gpus_per_node: 0", "n_gpus_per_node: 2"))
+    with pytest.raises(UserError, match=r"is more than the 0 CUDA devices .* cluster.n_gpus_per_node=auto"):
+        launch.resume_in_foreground(run)
+    assert run.status["state"] == "stopped"
+
+
+def test_a_fork_whose_parent_removes_the_checkpoint_meanwhile_says_so(fakes, monkeypatch):
+    parent = interrupted(fakes)
+    copytree = shutil.copytree
+
+    def late(source, target, **named):
+        if source.parent.name == "checkpoints":
+            commit.discard(source)
+        return copytree(source, target, **named)
+
+    monkeypatch.setattr(forks.shutil, "copytree", late)
+    with pytest.raises(UserError, match=r"removed its checkpoint of step 2 meanwhile"):
+        forks.fork(parent, 2)
+    assert fakes.folders() == ["exp/one"]

@@ -95,7 +95,7 @@ def test_a_process_of_another_machine_with_our_pid_is_another(tmp_path):
     assert locks.lock_owner(tmp_path)["host"] == "node-b"
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", "3"])
+@pytest.mark.parametrize("text", ["", "[]", "{", "3", '{"pid": "abc"}'])
 def test_a_damaged_lock_holds_nothing(tmp_path, text):
     (tmp_path / "lock.json").write_text(text)
     with locks.lock(tmp_path):

@@ -230,7 +230,16 @@ def test_what_is_not_worth_keeping_is_removed(run_dir):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "null", "{}", "3", '"x"', '{"state": "on"}', '{"state": "done", "step": "x"}']
+    "text",
+    [
+        *["", "[]", "null", "{}", "3", '"x"', '{"state": "on"}', '{"state": "done", "step": "x"}'],
+        *['{"state": "running", "supervisor": "x"}', '{"state": "running", "created_at": 1e300}'],
+        *[
+            '{"state": "done", "created_at": NaN}',
+            '{"state": "done", "phases": 3}',
+            '{"state": "done", "phases": [3]}',
+        ],
+    ],
 )
 def test_a_damaged_status_is_that_of_a_failed_run(run_dir, text):
     (run_dir / "status.json").write_text(text)
@@ -245,6 +254,9 @@ def test_lines_that_are_no_records_are_set_aside_when_a_run_goes_on(run_dir):
     good = [{"step": 1, "dpo/loss": 0.7}, {"step": 3, "dpo/loss": 0.5}]
     lines = [json.dumps(good[0]), "{garbage", "[1]", '{"loss": 1}', json.dumps(good[1]), '{"step": 4}']
     (run_dir / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    (run_dir / "evaluations").mkdir()
+    (run_dir / "evaluations" / "step-4-Copy1.jsonl").write_text("")  # JupyterLab's Duplicate
+    assert history.readable_metrics(run_dir) == [*good, {"step": 4}]
     with pytest.raises(UserError, match="line 2 is not JSON"):
         history.read_metrics(run_dir)
     notes = history.cut_records(run_dir, 3)

@@ -14,7 +14,7 @@ from dpo_kit.redaction import SHOWN, found_in, redact
 from tests import test_kills
 
 SECRET = "hush-2718281828"
-TOKEN = "hf_" + "aB3" * 10  # looks like an access token; no environment variable holds it
+TOKEN = "hf_" + "aB3" * 12  # looks like an access token; no environment variable holds it
 
 
 @pytest.fixture(autouse=True)
@@ -22,6 +22,7 @@ def environment(monkeypatch, tmp_path):
     monkeypatch.setenv("MY_API_KEY", SECRET)
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "falsefalse")
     monkeypatch.setenv("HTTP_PASSWORD", "short")
+    monkeypatch.setenv("MODEL_TOKEN", "tiny-random")
     monkeypatch.setenv("SSH_PRIVATE_KEY", str(tmp_path))
 
 
@@ -31,7 +32,7 @@ def environment(monkeypatch, tmp_path):
         (f"key={SECRET}!", f"key={SHOWN}!"),
         (f"token {TOKEN}.", f"token {SHOWN}."),
         ("https://me:pa55word@host/x", f"https://{SHOWN}@host/x"),
-        ("sk-" + "a1" * 12, SHOWN),
+        ("sk-proj-" + "a1B" * 14, SHOWN),
         ("ghp_" + "a1" * 18, SHOWN),
         ("AKIA" + "A1" * 8, SHOWN),
     ],
@@ -52,6 +53,10 @@ def test_secrets_are_redacted(text, shown):
         "hf_model",
         "task-" + "a" * 30,
         "step 3: loss 0.69",
+        "sk-learn-baseline-comparison",
+        "/data/hf_ultrafeedbackbinarized",
+        "tiny-random",  # a plain word that a variable holds
+        f"a{SECRET}b",  # a longer word
     ],
 )
 def test_what_is_no_secret_stays(text, tmp_path):
