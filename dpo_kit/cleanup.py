@@ -43,8 +43,9 @@ class Item:
 
 
 def spare_checkpoints(runs: list[Run], keep: int) -> list[Item]:
-    """Checkpoints of ended runs beyond the newest `keep` whole ones, what killed runs left half-written, and what
-    earlier attempts of a trial had made."""
+    """What ended runs could do without: checkpoints beyond the newest `keep` whole ones, what was left half-written,
+    what earlier attempts of a trial had made. A run that is not done keeps one checkpoint: it is all that it has.
+    """
     found = []
     for run in runs:
         if run.is_live or locks.lock_owner(run.dir):
@@ -56,10 +57,10 @@ def spare_checkpoints(runs: list[Run], keep: int) -> list[Item]:
                 found.append(
                     Item(path, f"{run.name} {path.relative_to(run.dir)}", size_of(path), run=run.dir)
                 )
-        whole = 0
+        whole, stay = 0, keep if run.state == "done" else max(1, keep)  # or it would have to start anew
         for step in reversed(run.checkpoints()):
             folder = run.dir / "checkpoints" / f"step-{step}"
-            if whole >= keep:
+            if whole >= stay:
                 found.append(Item(folder, f"{run.name} step-{step}", size_of(folder), run=run.dir))
             elif not commit.damage(folder):
                 whole += 1

@@ -235,10 +235,13 @@ def _sweep(arguments: argparse.Namespace) -> int:
 
 
 def _data(arguments: argparse.Namespace) -> int:
-    store = _build(_load(arguments), arguments.split)
+    config = _load(arguments)
+    store = _build(config, arguments.split)
     from dpo_kit import dataset
 
-    print(dataset.format_report(store))
+    print(dataset.format_report(store, _build(config, "train") if arguments.split == "valid" else None))
+    if arguments.split == "train" and config.valid_dataset is not None:
+        print(f"\nheld-out pairs\n{dataset.format_report(_build(config, 'valid'), store)}\n")
     print(store.path)
     return 0
 

@@ -34,7 +34,7 @@ from dpo_kit.preferences import PairStore
 
 ROWS = 96
 OVERFIT_PAIRS, OVERFIT_STEPS, OVERFIT_LR, LEARNED = 4, 8, 1e-4, 0.7
-SWAPPED_P = 0.05
+SWAPPED_P = 0.01
 _SHOWN_TOKENS = 48
 
 
@@ -109,6 +109,9 @@ def _devices(config: Config, report: _Report) -> Config:
 
 
 def _settings(config: Config) -> Iterable[tuple[str, str]]:
+    train, valid = config.train_dataset, config.valid_dataset
+    if valid is not None and valid.path == train.path and valid.split == train.split and not valid.from_train:
+        yield "bad", f"valid_dataset is the training data ({train.path}): held-out figures would mean nothing"
     if config.actor.optimizer.lr == 0:
         yield "bad", "actor.optimizer.lr = 0: no weight will change; use 5e-6 or another rate above 0"
     if not config.actor.disable_dropout and (where := _dropout_of(config)):
@@ -274,14 +277,17 @@ def _preference(state: engine.Engine) -> Iterable[tuple[str, str]]:
     """Swapped columns show where the untrained reference itself prefers what is called rejected."""
     if state.ref_train is None:
         return
-    values = state.ref_train.cpu().numpy()
+    # Nats a token: the sum would follow the lengths.
+    lengths = state.train.all_lengths()[:, 1:]
+    prompts = np.array([[max(state.train.pair(i).prompt, 1)] for i in range(len(lengths))])
+    values = state.ref_train.cpu().numpy() / np.maximum(lengths - prompts, 1)
     wins, num_pairs = int((values[:, 0] > values[:, 1]).sum()), len(values)
     chance = at_most(wins, num_pairs)
     if chance < SWAPPED_P:
         yield (
             "look",
-            f"the reference finds the rejected answer likelier in {num_pairs - wins} of {num_pairs} pairs (by chance in"
-            f" {100 * chance:.2g} % of cases): are the columns chosen and rejected swapped?",
+            f"the reference finds the rejected answer likelier, token by token, in {num_pairs - wins} of {num_pairs}"
+            f" pairs (by chance in {100 * chance:.2g} % of cases): are the columns chosen and rejected swapped?",
         )
 
 

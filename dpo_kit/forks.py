@@ -42,7 +42,8 @@ def fork(parent: Run, step: int | None = None, overrides: Sequence[str] = ()) ->
     config = replace(config, trial_name=config.trial_name or records.fresh_trial_name())
     preflight.check(config)
     made = manifest.build(config, named=named, owner="foreground")
-    made["parent"] = {"run": parent.name, "folder": str(parent.dir), "step": step}
+    settings = [text for text in overrides if not text.startswith("trial_name=")]
+    made["parent"] = {"run": parent.name, "folder": str(parent.dir), "step": step, "overrides": settings}
     folder = records.create(
         Path(config.cluster.fileroot),
         config.experiment_name,
@@ -68,7 +69,8 @@ def _step_to_fork(parent: Run, step: int | None) -> int:
         has = f"has those of steps {', '.join(map(str, there))}" if there else "has none"
         wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
         raise UserError(
-            f"{parent.name} has {wanted}; it {has} (recover.freq_steps and recover.keep make them)"
+            f"{parent.name} has {wanted}; it {has} (recover.freq_steps makes them; recover.keep=all keeps them when a"
+            " run is done)"
         )
     problem = commit.damage(parent.dir / "checkpoints" / f"step-{step}")
     if problem:

@@ -46,6 +46,10 @@ def show_text(run: Run) -> str:
             if last.get(key) is not None
         ]
         lines.append(f"  last     step {last['step']}: {', '.join(figures)}")
+    if parent := made.get("parent"):
+        lines.append(f"  fork of  {parent.get('run')} at step {parent.get('step')}")
+    if kept := run.checkpoints():
+        lines.append(f"  goes on  from a checkpoint of step {', '.join(map(str, kept))}")
     for phase in status.get("phases", []):
         lines.append(f"  phase    {phase['name']}: {phase['seconds']:.1f} s")
     for error in records.read_rank_errors(run.dir):

@@ -60,6 +60,10 @@ def build(config: Config, *, named: bool, owner: str, source: str | Path | None 
 
 def repeat_command(run_dir: Path) -> str:
     """The command that makes the same run again, under a fresh name and with the micro-batches it settled on."""
+    parent = read_json(run_dir / "manifest.json", {}).get("parent")
+    if parent:
+        words = [parent["folder"], "--step", str(parent["step"]), *parent.get("overrides", ())]
+        return shlex.join(["dpo-kit", "runs", "fork", *words])
     config = shlex.quote(str(run_dir / "config.yaml"))
     return " ".join([f"dpo-kit train --config {config} trial_name=null", *halving.overrides(run_dir)])
 
@@ -93,11 +97,18 @@ def repetition(run_dir: Path) -> str:
             found |= identity.differences(_marks(theirs[name]), _marks(mine[name]), name)
     before, now = ((made.get("git") or {}).get("commit") for made in (theirs, mine))
     found |= identity.differences(before, now, "git commit")
+    before, now = (made.get("parent") for made in (theirs, mine))
+    if before != now:
+        found |= identity.differences(_of(before), _of(now), "forked from")
     before, now = (to_tree(load(folder / "config.yaml")) for folder in (origin, Path(run_dir)))
     named = identity.differences(before, now)
     found |= {key: text for key, text in named.items() if key != "trial_name"}
     what = f"{origin.parent.name}/{origin.name}"
     return f"repeats {what}: " + (f"differs in {identity.told(found)}" if found else "nothing differs")
+
+
+def _of(parent: dict[str, Any] | None) -> str:
+    return f"{parent['run']} at step {parent['step']}" if parent else "nothing"
 
 
 def _marks(made: Any) -> Any:

@@ -59,7 +59,8 @@ def build_pairs(run_dir: Path, config: Config) -> dict[str, Any]:
     for split in stores:
         if split == "train" or config.valid_dataset is not None:
             stores[split] = dataset.build(config, split, progress=_counter(run_dir))
-            print(dataset.format_report(stores[split]), flush=True)
+            train = stores["train"] if split != "train" else None
+            print(dataset.format_report(stores[split], train), flush=True)
     return stores
 
 

@@ -313,7 +313,8 @@ def begin_anew(run: Run, config: Config | None = None, made: dict[str, Any] | No
         records.reset_status(run.dir, **fields)
         if config is not None:
             old = read_json(run.dir / "manifest.json", {})
-            stays = {key: old[key] for key in ("parent", "repeats", "data", "weights") if key in old}
+            goes_on = ("parent", "repeats", "data", "weights") if kept or is_trained else ()
+            stays = {key: old[key] for key in goes_on if key in old}
             atomic_write(run.dir / "config.yaml", config_module.to_yaml(config))
             atomic_write(run.dir / "manifest.json", to_json({**stays, **(made or {})}, indent=2))
     if is_trained:

@@ -213,8 +213,19 @@ def _figures(run_dir: Path) -> str:
     return f"; step {record['step']}: loss {record['dpo/loss']:.4f}{told}"
 
 
-def last_record(run_dir: Path) -> dict[str, Any] | None:
-    """The last training record of a run, read from the end of its metrics."""
+def last_figures(run_dir: Path) -> str:
+    """The last training record and the last evaluation of a run in words; empty before the first step."""
+    told = _figures(run_dir).removeprefix("; ")
+    held_out = last_record(run_dir, "dpo-eval/loss")
+    if held_out is not None and held_out["dpo-eval/loss"] is not None:
+        told += f"; held-out pairs at step {held_out['step']}: loss {held_out['dpo-eval/loss']:.4f}"
+        if (accuracy := held_out.get("dpo-eval/reward_accuracy")) is not None:
+            told += f", reward accuracy {100 * accuracy:.0f} %"
+    return told
+
+
+def last_record(run_dir: Path, name: str = "dpo/loss") -> dict[str, Any] | None:
+    """The last record of a run with this metric (of training by default), read from the end of its metrics."""
     path = Path(run_dir) / "metrics.jsonl"
     try:
         with open(path, "rb") as file:
@@ -225,7 +236,7 @@ def last_record(run_dir: Path) -> dict[str, Any] | None:
     for line in reversed(lines):
         with contextlib.suppress(ValueError):  # the first one may be cut
             record = json.loads(line)
-            if isinstance(record, dict) and {"dpo/loss", "step"} <= record.keys():
+            if isinstance(record, dict) and {name, "step"} <= record.keys():
                 return record
     return None
 

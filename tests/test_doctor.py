@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -158,16 +160,34 @@ def test_rows_that_cannot_be_used(tmp_path):
 
 
 def test_swapped_columns_show_in_what_the_reference_prefers():
+    """Token by token: the chosen answers have 9 tokens, the rejected ones 4."""
+
+    class Store:
+        def all_lengths(self):
+            return np.array([[5, 14, 9]] * 56)
+
+        def pair(self, i):
+            return types.SimpleNamespace(prompt=5)
+
     class State:
-        ref_train = torch.tensor([[-2.0, -1.0]] * 36 + [[-1.0, -2.0]] * 20, dtype=torch.float64)
+        train = Store()
+        ref_train = torch.tensor([[-18.0, -4.0]] * 40 + [[-9.0, -8.0]] * 16, dtype=torch.float64)
 
     ((level, text),) = list(doctor._preference(State()))
     assert level == "look"
-    assert "likelier in 36 of 56 pairs" in text
+    assert "likelier, token by token, in 40 of 56 pairs" in text
     assert "swapped?" in text
-    State.ref_train = State.ref_train.flip(1)
+    State.ref_train = torch.tensor([[-9.0, -8.0]] * 40 + [[-18.0, -4.0]] * 16, dtype=torch.float64)
     assert list(doctor._preference(State())) == []
     assert doctor.at_most(2, 4) == pytest.approx(11 / 16)
+
+
+def test_held_out_pairs_that_are_the_training_pairs(tmp_path):
+    path = rows_file(tmp_path / "a.jsonl", pairs())
+    found = examined(
+        tmp_path, f"train_dataset.path={path}", f"valid_dataset.path={path}", "valid_dataset.split=train"
+    )
+    assert "valid_dataset is the training data" in found["settings"].text
 
 
 def test_a_broken_row_is_refused_as_the_run_would(tmp_path):

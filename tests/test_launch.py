@@ -14,7 +14,7 @@ import time
 import pytest
 import yaml
 
-from dpo_kit import builtin, commit, devices, forks, history, launch, records, runs
+from dpo_kit import builtin, commit, devices, forks, history, launch, listing, manifest, records, runs
 from dpo_kit.errors import DataError, RunError, UserError
 from dpo_kit.files import read_json
 from tests.fakes import LONG
@@ -261,7 +261,10 @@ def test_a_fork_is_a_new_run_from_a_checkpoint(fakes):
         "run": "exp/one",
         "folder": str(parent.dir),
         "step": 2,
+        "overrides": ["actor.beta=0.3"],
     }
+    assert manifest.repeat_command(child.dir) == f"dpo-kit runs fork {parent.dir} --step 2 actor.beta=0.3"
+    assert "fork of  exp/one at step 2\n  goes on  from a checkpoint of step 2" in listing.show_text(child)
     assert child.checkpoints() == [2]
     assert commit.damage(child.dir / "checkpoints" / "step-2") == ""
     assert history.read_metrics(child.dir) == [line for line in before if line["step"] <= 2]
@@ -297,6 +300,19 @@ def test_a_fork_that_could_not_follow_from_its_parent_is_refused(fakes, override
     with pytest.raises(UserError, match=told):
         forks.fork(parent, 2, [override])
     assert fakes.folders() == ["exp/one"]
+
+
+def test_a_run_that_repeats_a_fork_from_the_start_says_so(fakes):
+    child = forks.fork(interrupted(fakes), 2, ["trial_name=child"])
+    made = read_json(child.dir / "manifest.json")
+    again = records.create(
+        fakes.fileroot,
+        "exp",
+        "again",
+        config_text=(child.dir / "config.yaml").read_text(),
+        manifest={**made, "parent": None, "repeats": str(child.dir)},
+    )
+    assert "differs in forked from: exp/one at step 2 -> nothing" in manifest.repetition(again)
 
 
 def test_a_fork_that_is_killed_while_it_copies_leaves_no_run(fakes, monkeypatch):
@@ -566,15 +582,16 @@ def test_what_checkpoints_need_of_the_disk_is_told(fakes, capsys, model_cache):
     )
 
 
+ZERO = {"run": "exp/zero", "folder": "/runs/exp/zero", "step": 2}
+
+
 def trained(fakes, *overrides):
     """A run that was killed after its training, while it made the samples."""
     run = launch.start(fakes.config("trial_name=one", *overrides)).wait()
     (run.dir / "model").mkdir()
     (run.dir / "model" / "weights").write_text("x")
     made = read_json(run.dir / "manifest.json")
-    (run.dir / "manifest.json").write_text(
-        json.dumps({**made, "data": {"train": 1}, "parent": {"run": "exp/zero"}})
-    )
+    (run.dir / "manifest.json").write_text(json.dumps({**made, "data": {"train": 1}, "parent": ZERO}))
     records.update_status(run.dir, state="failed", trained=True)
     return run
 
@@ -587,7 +604,7 @@ def test_a_trained_run_keeps_what_it_was_made_from(fakes, capsys):
     ).wait()
     assert "exp/one is trained; what is left is done now" in capsys.readouterr().out
     made = read_json(again.dir / "manifest.json")
-    assert (made["data"], made["parent"]) == ({"train": 1}, {"run": "exp/zero"})
+    assert (made["data"], made["parent"]) == ({"train": 1}, ZERO)
     assert (run.dir / "model" / "weights").exists()
 
 
