@@ -156,10 +156,8 @@ def merge(session: Session) -> None:
     now = time.monotonic()
     if fields != session.written:
         session.moved_at = now
-    if fields == session.written and now - session.written_at < _HEARTBEAT_S:
-        status = None
-    else:
-        status = None
+    status = None
+    if fields != session.written or now - session.written_at >= _HEARTBEAT_S:
         session.written, session.written_at = fields, now
         with contextlib.suppress(OSError):
             # The state, too: somebody may have damaged the file meanwhile.

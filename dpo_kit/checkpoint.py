@@ -11,7 +11,7 @@ loaded by another number of ranks: each takes its rows of every tensor; the gene
 dropout and bfloat16 optimizer states can notice. `.metadata` is a pickle: it is read from the run's own folder
 only, and only after its hash was found in `COMMIT.json`.
 
-Not here: when a checkpoint is due (`recorder`), which ones stay (`commit`, `worker`).
+Not here: when a checkpoint is due (`recorder`), which ones stay (`commit`, `keeper`).
 """
 
 from __future__ import annotations

@@ -28,7 +28,6 @@ _LEFTOVERS = (
     "exports/.*.old",
     f"{EARLIER}/*",
 )
-_ABANDONED_S = 3600.0  # a part of a cache that nobody has written to for so long
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def spare_checkpoints(runs: list[Run], keep: int) -> list[Item]:
             continue
         for pattern in _LEFTOVERS:
             for path in sorted(run.dir.glob(pattern)):
-                if path.suffix == ".old" and not path.with_name(path.name[1:].rpartition("-")[0]).exists():
+                if path.suffix == ".old" and not commit.original(path).exists():
                     continue  # the only copy, which takes its name again when the run goes on
                 found.append(
                     Item(path, f"{run.name} {path.relative_to(run.dir)}", size_of(path), run=run.dir)
@@ -73,17 +72,15 @@ def cache_items(fileroot: Path) -> list[Item]:
     found = []
     for kind in ("pairs", "reference"):
         folders = [
-            f for f in (root / kind).glob("*") if f.is_dir() and (f.name[0] not in ".~" or _is_abandoned(f))
+            f
+            for f in (root / kind).glob("*")
+            if f.is_dir() and (f.name[0] not in ".~" or commit.is_abandoned(f))
         ]
         for folder in sorted(folders, key=lambda f: f.stat().st_mtime):
             source = _source(folder) if kind == "pairs" else ""
             used = time.strftime("%Y-%m-%d %H:%M", time.localtime(folder.stat().st_mtime))
             found.append(Item(folder, f"{kind}/{folder.name}", size_of(folder), f"{used}  {source}"))
     return found
-
-
-def _is_abandoned(part: Path) -> bool:
-    return time.time() - max(path.stat().st_mtime for path in (part, *part.rglob("*"))) > _ABANDONED_S
 
 
 def _source(folder: Path) -> str:

@@ -20,12 +20,14 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 COMMIT = "COMMIT.json"
 _STEP = re.compile(r"step-(\d+)")
+_ABANDONED_S = 3600.0
 
 
 # --- writing ----------------------------------------------------------------------------------------------------
@@ -53,8 +55,7 @@ def seal(staged: Path, folder: Path, files: dict[str, dict[str, Any]]) -> None:
         file.write(_commit_text(text).decode())
         file.flush()
         os.fsync(file.fileno())
-    for inner in {staged, *(path.parent for path in staged.rglob("*"))}:
-        sync_folder(inner)
+    _sync_folders(staged)
     if folder.exists():
         folder.rename(_trash(folder))
     staged.rename(folder)
@@ -87,6 +88,12 @@ def file_names(folder: Path) -> list[str]:
     )
 
 
+def _sync_folders(top: Path) -> None:
+    """`sync_folder` of a folder and all below it."""
+    for inner in {top, *(path.parent for path in top.rglob("*"))}:
+        sync_folder(inner)
+
+
 def sync_folder(folder: Path) -> None:
     """Flushes a folder's own entries, so that renames in it survive a loss of power."""
     handle = os.open(folder, os.O_RDONLY)
@@ -111,8 +118,7 @@ def replaced(folder: Path) -> Iterator[Path]:
             if path.is_file():
                 with open(path, "rb") as file:
                     os.fsync(file.fileno())
-        for inner in {part, *(path.parent for path in part.rglob("*"))}:
-            sync_folder(inner)
+        _sync_folders(part)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
@@ -127,13 +133,25 @@ def replaced(folder: Path) -> Iterator[Path]:
 def mend(parent: Path) -> None:
     """Clears away what killed writers of `replaced` left; an old folder gets its name back when that is free."""
     for old in parent.glob(".*.old"):
-        name = old.name[1:].rpartition("-")[0]
-        if (parent / name).exists():
+        if original(old).exists():
             shutil.rmtree(old, ignore_errors=True)
         else:
-            old.rename(parent / name)
+            old.rename(original(old))
     for part in parent.glob(".*.part"):
         shutil.rmtree(part, ignore_errors=True)
+
+
+def original(old: Path) -> Path:
+    """The folder that `.NAME-PID.old` was."""
+    return old.with_name(old.name[1:].rpartition("-")[0])
+
+
+def is_abandoned(part: Path) -> bool:
+    """Whether nobody has written to an unfinished folder for an hour."""
+    try:
+        return time.time() - max(path.stat().st_mtime for path in (part, *part.rglob("*"))) > _ABANDONED_S
+    except FileNotFoundError:  # it was finished just now
+        return False
 
 
 # --- reading ----------------------------------------------------------------------------------------------------

@@ -261,9 +261,8 @@ def _training(config: Config, store: PairStore, report: _Report) -> None:
             torch.manual_seed(config.seed)
             policy = loading.load_policy(config, world, store, None)
             state = engine.Engine(config, world, policy, train=store, valid=None)
-            with contextlib.redirect_stdout(
-                io.StringIO()
-            ):  # what a run says of its cache is nobody's concern here
+            # What a run says of its cache is nobody's concern here.
+            with contextlib.redirect_stdout(io.StringIO()):
                 loading.prepare_reference(state, Path(config.cluster.fileroot), np.arange(len(store)))
             report.problems(
                 "preference", "the reference does not prefer the rejected answers", _preference(state)

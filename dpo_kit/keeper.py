@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from dpo_kit import checkpoint, commit, history, identity, schedule
+from dpo_kit import checkpoint, commit, history, identity, manifest, schedule
 from dpo_kit import config as config_module
 from dpo_kit.engine import Engine
 from dpo_kit.errors import UserError
@@ -76,8 +76,7 @@ class Keeper:
             )
         if parent:
             raise UserError(
-                f"this run is a fork of {parent['run']} at step {parent['step']}, and {self.folder} is empty; fork"
-                " again"
+                f"this run is a fork of {manifest.fork_text(parent)}, and {self.folder} is empty; fork again"
             )
 
     def save(self, step: int, owes_evaluation: bool = False) -> None:

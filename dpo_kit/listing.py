@@ -47,7 +47,7 @@ def show_text(run: Run) -> str:
         ]
         lines.append(f"  last     step {last['step']}: {', '.join(figures)}")
     if parent := made.get("parent"):
-        lines.append(f"  fork of  {parent.get('run')} at step {parent.get('step')}")
+        lines.append(f"  fork of  {manifest.fork_text(parent)}")
     if kept := run.checkpoints():
         lines.append(f"  goes on  from a checkpoint of step {', '.join(map(str, kept))}")
     for phase in status.get("phases", []):

@@ -99,7 +99,7 @@ def repetition(run_dir: Path) -> str:
     found |= identity.differences(before, now, "git commit")
     before, now = (made.get("parent") for made in (theirs, mine))
     if before != now:
-        found |= identity.differences(_of(before), _of(now), "forked from")
+        found |= identity.differences(fork_text(before), fork_text(now), "forked from")
     before, now = (to_tree(load(folder / "config.yaml")) for folder in (origin, Path(run_dir)))
     named = identity.differences(before, now)
     found |= {key: text for key, text in named.items() if key != "trial_name"}
@@ -107,7 +107,8 @@ def repetition(run_dir: Path) -> str:
     return f"repeats {what}: " + (f"differs in {identity.told(found)}" if found else "nothing differs")
 
 
-def _of(parent: dict[str, Any] | None) -> str:
+def fork_text(parent: dict[str, Any] | None) -> str:
+    """What a run was forked from: `exp/one at step 2`."""
     return f"{parent['run']} at step {parent['step']}" if parent else "nothing"
 
 

@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from dpo_kit import commit
 from dpo_kit.errors import UserError
 from dpo_kit.files import atomic_write, read_json, to_json
 from dpo_kit.processes import is_alive
@@ -55,7 +56,7 @@ _QUEUED_S = 60.0
 REMOTE_HEARTBEAT_S = 60.0
 _ADJECTIVES = "amber bold brave calm clever eager fair gentle keen lively merry quick quiet steady sunny warm"
 _ANIMALS = "badger crane falcon finch fox heron lark lynx marten otter owl plover raven robin swift wren"
-# Written by a run while it works: removed when a trial starts anew (see `clear`).
+# Written by a run while it works: set aside or removed when a trial starts anew (see `clear`).
 _WORK_FILES = (
     "metrics.jsonl",
     "metrics.jsonl.damaged",
@@ -69,7 +70,6 @@ _WORK_FOLDERS = ("logs", "evaluations", "tensorboard", "exports", "model")
 EARLIER = "earlier"
 _WORTH_KEEPING = ("metrics.jsonl", "exports", "model")
 _MISSING = object()
-_ABANDONED_S = 3600.0
 # Given up when the disk is full, so that the last word of a run can still be written.
 _RESERVE, _RESERVE_BYTES = ".reserve", 64 * 2**10
 # Of the work files, what the ranks do not write, or what tells why an attempt ended.
@@ -150,7 +150,7 @@ def create(
         staged = folder.with_name(f".{folder.name[:150]}-{os.getpid()}.part")
         try:
             for left in [staged, *folder.parent.glob(".*.part")]:  # of a launcher that was killed here
-                if left == staged or (left.exists() and time.time() - left.stat().st_mtime > _ABANDONED_S):
+                if left == staged or commit.is_abandoned(left):
                     shutil.rmtree(left, ignore_errors=True)
             staged.mkdir(parents=True)
             (staged / "logs").mkdir()

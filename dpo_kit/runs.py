@@ -343,8 +343,8 @@ def _check_files(run: Run) -> None:
     if made.get("parent") and not run.checkpoints():
         parent = made["parent"]
         raise UserError(
-            f"{run.name} is a fork of {parent.get('run')} at step {parent.get('step')}, and has no checkpoint any more;"
-            f" fork again: dpo-kit runs fork {parent.get('folder')}"
+            f"{run.name} is a fork of {manifest.fork_text(parent)}, and has no checkpoint any more;"
+            f" fork again: dpo-kit runs fork {parent['folder']}"
         )
 
 
