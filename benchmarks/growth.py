@@ -96,7 +96,7 @@ def _picture(found: dict[str, list[dict[str, Any]]], path: Path) -> str:
     """Two panels: measured points, the fitted line, and the time that the formula's FLOPs would take."""
     from plotly.subplots import make_subplots
 
-    from dpo_kit import plots
+    from dpo_kit import picture, plots
 
     titles = ("pairs a step", f"tokens run a pair ({LENGTH_PAIRS} pairs a step)")
     figure = make_subplots(rows=1, cols=2, subplot_titles=titles, horizontal_spacing=0.09)
@@ -128,10 +128,7 @@ def _picture(found: dict[str, list[dict[str, Any]]], path: Path) -> str:
     figure.update_xaxes(gridcolor=plots.GRID, rangemode="tozero")
     figure.update_yaxes(gridcolor=plots.GRID, rangemode="tozero", title_text="seconds a step", col=1)
     figure.update_yaxes(gridcolor=plots.GRID, rangemode="tozero", col=2)
-    image, reason = plots.png(figure)
-    if image is None:
-        return f"No picture: {reason}."
-    path.write_bytes(image)
+    path.write_bytes(picture.png(figure, plots.WIDTH, plots.HEIGHT))
     return f"![Seconds a step against pairs a step and against length]({path.name})"
 
 

@@ -12,16 +12,12 @@ Deliberately not here: reading runs beyond their metrics, layout of notebooks, w
 
 from __future__ import annotations
 
-import atexit
 import base64
 import html
-import logging
-import warnings
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from dpo_kit import history
+from dpo_kit import history, picture
 from dpo_kit.errors import UserError
 
 if TYPE_CHECKING:
@@ -232,25 +228,27 @@ def refresh(widget: Any, figure: go.Figure) -> None:
 
 
 def mimebundle(figure: go.Figure) -> dict[str, Any]:
-    """What a notebook saves for a figure: Plotly's own JSON, a PNG for static viewers, one line of text.
+    """What a notebook saves for a figure: Plotly's own JSON, a picture for static viewers, one line of text.
 
-    The PNG is best effort: it needs kaleido and a Chromium or Chrome; without them the line says so.
+    Where there is no picture (no matplotlib, a kind of trace that it does not draw) the line says why.
     """
     text = describe(figure)
     bundle: dict[str, Any] = {"application/vnd.plotly.v1+json": figure.to_plotly_json()}
-    image, reason = png(figure)
-    if image is not None:
-        bundle["image/png"] = base64.b64encode(image).decode("ascii")
-    else:
-        text += f" (no PNG for static viewers: {reason})"
+    try:
+        bundle["image/png"] = base64.b64encode(picture.png(figure, WIDTH, HEIGHT)).decode("ascii")
+    except (ImportError, ValueError) as error:
+        text += f" (no picture for static viewers: {error})"
     return {**bundle, "text/plain": text}
 
 
 def describe(figure: go.Figure) -> str:
     """One line on a figure: the title of each panel and the last training value of each of its curves."""
     panels = [_unlabel(a.text) for a in figure.layout.annotations or ()]
+    curves = [trace for trace in figure.data if trace.type == "scatter" and trace.meta]
+    if not curves:
+        return f"Chart ({', '.join(sorted({trace.type for trace in figure.data}))})."
     said: dict[str, list[str]] = {}
-    for trace in figure.data:
+    for trace in curves:
         values = [(x, y) for x, y in zip(trace.x or (), trace.y or (), strict=True) if y is not None]
         if values and trace.mode != "markers":
             panel = panels[int((trace.xaxis or "x")[1:] or 1) - 1]
@@ -261,50 +259,6 @@ def describe(figure: go.Figure) -> str:
 
 def _unlabel(text: str | None) -> str:
     return html.unescape(text or "")
-
-
-def png(figure: go.Figure) -> tuple[bytes | None, str]:
-    """The figure as PNG bytes, or None and the reason in one line."""
-    reason = _png_engine()
-    if reason:
-        return None, reason
-    try:
-        return _to_png(figure), ""
-    except Exception as exc:  # a picture beside the chart: whatever went wrong, the chart itself is there
-        return None, _one_line(exc)
-
-
-@cache
-def _png_engine() -> str:
-    """Starts kaleido's browser once for all charts of this process; "" or why there is none."""
-    try:
-        import kaleido
-        import plotly.graph_objects as go
-    except ImportError as exc:
-        return f'{exc.name} is missing; run: pip install "dpo-kit[notebook]"'
-    logging.getLogger("choreographer").setLevel(logging.ERROR)
-    logging.getLogger("kaleido").setLevel(logging.ERROR)
-    try:
-        kaleido.start_sync_server(silence_warnings=True)
-        atexit.register(kaleido.stop_sync_server, silence_warnings=True)
-        _to_png(go.Figure(layout={"template": "none"}))
-    except Exception as exc:  # no browser, no display, no permission: all the same here
-        return _one_line(exc)
-    return ""
-
-
-def _to_png(figure: go.Figure) -> bytes:
-    import kaleido
-
-    size = {"width": WIDTH, "height": figure.layout.height or HEIGHT}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return kaleido.calc_fig_sync(figure, opts={"format": "png", **size})
-
-
-def _one_line(exc: BaseException) -> str:
-    text = str(exc).strip().split("\n", 1)[0]
-    return f"{type(exc).__name__}: {text}"[:160]
 
 
 def _plotly(module: str) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import base64
+import sys
 from pathlib import Path
 
 import pytest
@@ -119,21 +120,27 @@ def test_description_names_panels_and_last_values():
     )
 
 
-def test_bundle_without_a_browser_keeps_the_chart_and_says_why(monkeypatch):
-    monkeypatch.setattr(plots, "_png_engine", lambda: "no browser here")
+def test_bundle_holds_chart_picture_and_one_line():
+    bundle = plots.mimebundle(plots.loss(("one", LINES)))
+    assert set(bundle) == {"application/vnd.plotly.v1+json", "image/png", "text/plain"}
+    assert base64.b64decode(bundle["image/png"]).startswith(b"\x89PNG")
+    assert bundle["text/plain"] == plots.describe(plots.loss(("one", LINES)))
+
+
+def test_bundle_without_matplotlib_keeps_the_chart_and_says_why(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     bundle = plots.mimebundle(plots.loss(("one", LINES)))
     assert set(bundle) == {"application/vnd.plotly.v1+json", "text/plain"}
-    assert "no browser here" in bundle["text/plain"]
-    assert len(json.dumps(bundle)) < 20_000
+    assert 'matplotlib is missing; run: pip install "dpo-kit[notebook]"' in bundle["text/plain"]
 
 
-def test_bundle_with_a_picture(monkeypatch):
-    monkeypatch.setattr(plots, "_png_engine", lambda: "")
-    monkeypatch.setattr(plots, "_to_png", lambda figure: b"\x89PNG")
-    bundle = plots.mimebundle(plots.loss(("one", LINES)))
-    assert bundle["image/png"] == "iVBORw=="
-    monkeypatch.setattr(plots, "_to_png", lambda figure: 1 / 0)
-    assert "ZeroDivisionError" in plots.mimebundle(plots.loss(("one", LINES)))["text/plain"]
+def test_a_figure_of_ones_own_is_shown_too():
+    graph_objects = pytest.importorskip("plotly.graph_objects")
+    bundle = plots.mimebundle(graph_objects.Figure(graph_objects.Bar(x=["a"], y=[1])))
+    assert bundle["text/plain"] == "Chart (bar)."
+    assert "image/png" in bundle
+    bundle = plots.mimebundle(graph_objects.Figure(graph_objects.Pie(values=[1, 2])))
+    assert bundle["text/plain"] == "Chart (pie). (no picture for static viewers: pie traces are not drawn)"
 
 
 def test_live_widget_follows_the_records():
@@ -153,13 +160,3 @@ def test_live_widget_follows_the_records():
 @pytest.mark.parametrize(("last", "tick"), [(0, 1), (7, 1), (8, 2), (35, 5), (36, 10), (1000, 200)])
 def test_ticks_lie_on_steps(last, tick):
     assert plots._tick(last) == tick
-
-
-@pytest.mark.browser
-def test_the_picture_is_drawn_by_the_browser_at_the_charts_size():
-    image, reason = plots.png(plots.rewards(("one", LINES)))
-    if image is None:
-        pytest.skip(reason)
-    width, height = (int.from_bytes(image[at : at + 4], "big") for at in (16, 20))
-    assert image.startswith(b"\x89PNG")
-    assert (width, height) == (plots.WIDTH, plots.HEIGHT)

@@ -1,0 +1,194 @@
+"""Pictures without a browser: every panel, colour, dash, marker, bar and cell stands where the figure says."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from dpo_kit import picture, plots
+from tests.test_plots import LINES, line
+
+go = pytest.importorskip("plotly.graph_objects")
+image = pytest.importorskip("matplotlib.image")
+matplotlib_figure = pytest.importorskip("matplotlib.figure")
+
+WIDTH, HEIGHT = 400, 300
+BOX = {"l": 50, "r": 30, "t": 40, "b": 60}  # the panel is 320 x 200 pixels
+
+
+def drawn(figure) -> np.ndarray:
+    """The picture as (height, width, 3) in 0..255."""
+    read = image.imread(io.BytesIO(picture.png(figure, WIDTH, HEIGHT)), format="png")
+    return np.round(read[..., :3] * 255).astype(int)
+
+
+def is_colour(pixels: np.ndarray, colour: str) -> np.ndarray:
+    wanted = [int(colour[at : at + 2], 16) for at in (1, 3, 5)]
+    return (np.abs(pixels - wanted) <= 2).all(-1)
+
+
+def bare(*traces, **layout):
+    """A figure whose panel is exactly the box, its axes without margins."""
+    axis = {"showgrid": False, "zeroline": False, "range": [0, 10]}
+    made = {"margin": BOX, "showlegend": False, "xaxis": axis, "yaxis": axis}
+    return go.Figure(list(traces), layout={**made, **layout})
+
+
+def at(x: float, y: float) -> tuple[int, int]:
+    """Row and column of a point of the `bare` panel."""
+    return round(HEIGHT - 60 - y / 10 * 200), round(50 + x / 10 * 320)
+
+
+def test_a_line_lies_where_its_points_are():
+    pixels = drawn(bare(go.Scatter(x=[1, 9], y=[2, 8], mode="lines", line={"color": "#D55E00", "width": 3})))
+    rows, columns = np.nonzero(is_colour(pixels, "#D55E00"))
+    for x, y in ((1, 2), (5, 5), (9, 8)):
+        row, column = at(x, y)
+        assert (abs(rows - row) + abs(columns - column)).min() <= 2, (x, y)
+    assert columns.min() >= at(1, 2)[1] - 3
+    assert columns.max() <= at(9, 8)[1] + 3
+
+
+def test_dashes_and_gaps_leave_white():
+    def share(**changes):
+        trace = {"x": [0, 5, 10], "y": [5, 5, 5], "mode": "lines", "line": {"color": "#000000", "width": 3}}
+        return is_colour(drawn(bare(go.Scatter({**trace, **changes})))[at(0, 5)[0]], "#000000").mean()
+
+    whole = share()
+    assert whole == pytest.approx(320 / WIDTH, abs=0.02)
+    assert 0.4 * whole < share(line={"color": "#000000", "width": 3, "dash": "dash"}) < 0.8 * whole
+    assert share(x=[0, 4, 5, 10], y=[5, 5, None, 5]) == pytest.approx(0.4 * whole, abs=0.02)
+
+
+def test_markers_have_their_colour_and_size():
+    marker = {"color": "#009E73", "size": 20, "symbol": "square"}
+    pixels = drawn(bare(go.Scatter(x=[5], y=[5], mode="markers", marker=marker)))
+    rows, columns = np.nonzero(is_colour(pixels, "#009E73"))
+    assert np.ptp(rows) == pytest.approx(20, abs=2)
+    assert np.ptp(columns) == pytest.approx(20, abs=2)
+    assert (round(rows.mean()), round(columns.mean())) == pytest.approx(at(5, 5), abs=1)
+
+
+@pytest.mark.parametrize("orientation", ["v", "h"])
+def test_bars_are_as_long_as_their_values(orientation):
+    names, values = ["a", "b"], [2, 8]
+    sides = {"x": names, "y": values} if orientation == "v" else {"x": values, "y": names}
+    free = {"showgrid": False, "zeroline": False}
+    length = {**free, "range": [0, 10]}
+    axes = {"xaxis": free, "yaxis": length} if orientation == "v" else {"xaxis": length, "yaxis": free}
+    traces = [
+        go.Bar(**sides, orientation=orientation, marker={"color": colour})
+        for colour in ("#0072B2", "#E69F00")
+    ]
+    pixels = drawn(bare(*traces, **axes))
+    for colour in ("#0072B2", "#E69F00"):
+        found = is_colour(pixels, colour)
+        sums = found.sum(0 if orientation == "v" else 1)
+        lengths = sorted({int(n) for n in sums if n > 20})
+        unit = 20 if orientation == "v" else 32
+        assert lengths[0] == pytest.approx(2 * unit, abs=2)
+        assert lengths[-1] == pytest.approx(8 * unit, abs=2)
+
+
+def test_cells_of_a_heat_map_have_the_scales_colours_and_undefined_ones_none():
+    scale = [[0, "rgb(0, 0, 255)"], [1, "rgb(255, 0, 0)"]]
+    made = go.Heatmap(z=[[0, 1], [0.5, None]], x=["0.1", "0.5"], y=["sigmoid", "ipo"], colorscale=scale)
+    made.showscale = False
+    free = {"showgrid": False}
+    pixels = drawn(bare(made, xaxis=free, yaxis=free))
+    cells = {
+        name: pixels[at(x, y)].tolist() for name, x, y in zip("abcd", (2, 8, 2, 8), (2, 2, 8, 8), strict=True)
+    }
+    assert cells["a"] == [0, 0, 255]
+    assert cells["b"] == [255, 0, 0]
+    assert np.abs(np.array(cells["c"]) - [127, 0, 127]).max() <= 2
+    assert cells["d"] == [255, 255, 255]
+
+
+def test_cells_carry_their_values():
+    made = go.Heatmap(z=[[0.25]], texttemplate="%{z:.1%} %{text}", text=[["<b>&lt;x&gt;</b>"]])
+    assert picture._filled(made.texttemplate, 0.25, made.text[0][0]) == "25.0% <x>"
+    assert picture._filled(made.texttemplate, float("nan"), "") == ""
+
+
+@pytest.mark.parametrize(
+    "figure",
+    [
+        plots.rewards(("one", LINES)),
+        plots.rewards(
+            [
+                ("_a $x$ <b>", LINES),
+                ("a $\\frac{$ b", LINES),
+                ("b\n" + "long " * 40, LINES),
+                ("日本 \u202e", LINES),
+            ]
+        ),
+        plots.reward_grid([(f"_run {i}", [*LINES, line(9, 1e9, -1e-9, 0.0, 1.0)]) for i in range(4)]),
+        plots.loss(("new", [])),
+        plots.logps(("one", LINES)),
+    ],
+)
+def test_every_chart_of_the_kit_has_a_picture_of_its_size(figure):
+    made = picture.png(figure, plots.WIDTH, plots.HEIGHT)
+    read = image.imread(io.BytesIO(made), format="png")
+    assert read.shape[:2] == (figure.layout.height, plots.WIDTH)
+
+
+def test_panels_hold_their_own_curves():
+    figure = plots.rewards(("one", LINES))
+    read = image.imread(io.BytesIO(picture.png(figure, plots.WIDTH, plots.HEIGHT)), format="png")
+    pixels = np.round(read[80:, :, :3] * 255).astype(int)  # below legend and titles
+    for colour, panel in ((plots.BLUE, 0), (plots.VERMILLION, 0), (plots.GREEN, 1), (plots.PURPLE, 2)):
+        _, columns = np.nonzero(is_colour(pixels, colour))
+        assert len(columns) > 20
+        assert set(np.unique(columns * 3 // plots.WIDTH)) <= {panel, panel + 1} - {3}
+        assert (columns * 3 // plots.WIDTH == panel).mean() > 0.8
+
+
+def test_axes_that_match_have_one_range():
+    large = [line(1, 0.5, 0.0, 0.0, 1.0), line(2, 0.5, 50.0, -50.0, 1.0)]
+    figure = plots.reward_grid([("large", large), ("small", LINES)])
+    drawn_on = picture._Panels(matplotlib_figure.Figure(), figure, 840, 330)
+    for trace in figure.data:
+        drawn_on.draw(trace)
+    drawn_on.finish()
+    limits = {axes.get_ylim() for axes in drawn_on.axes.values()}
+    assert len(limits) == 1
+    assert limits.pop()[1] > 50
+
+
+def test_a_logarithmic_axis_is_one():
+    axis = {"type": "log", "showgrid": False, "range": [1, 100]}
+    trace = go.Scatter(x=[1, 10, 100], y=[5, 5, 5], mode="markers", marker={"color": "#D55E00", "size": 8})
+    figure = bare(trace)
+    figure.update_layout(xaxis={**axis, "range": [0, 2]})  # Plotly's ranges of such an axis are exponents
+    _, columns = np.nonzero(is_colour(drawn(figure), "#D55E00"))
+    assert {round(at) for at in (50, 50 + 160, 50 + 320)} <= set(columns.tolist())
+
+
+def test_another_kind_of_trace_is_said_not_drawn():
+    with pytest.raises(ValueError, match="pie traces are not drawn"):
+        picture.png(go.Figure(go.Pie(values=[1, 2])), WIDTH, HEIGHT)
+
+
+def test_a_home_that_cannot_be_written_and_no_browser_say_nothing(tmp_path):
+    code = (
+        "from dpo_kit import plots, picture; from tests.test_plots import LINES\n"
+        "print(len(picture.png(plots.rewards([('日本', LINES)]), 840, 340)) > 5000)"
+    )
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("XDG", "MPL"))}
+    no_folder = tmp_path / "file"
+    no_folder.write_text("")
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", code],
+        env={**kept, "HOME": str(no_folder), "PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (done.stdout, done.stderr) == ("True\n", "")
