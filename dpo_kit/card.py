@@ -5,11 +5,13 @@ Numbers and settings only, no text from the data. Not here: writing files.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 from dpo_kit import config as config_module
 from dpo_kit.config import Config
+from dpo_kit.findings import Finding
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 CURVES = ("dpo/loss", "dpo/reward_margin", "dpo/reward_accuracy", "dpo/chosen_reward", "dpo/rejected_reward")
@@ -26,11 +28,12 @@ def sparkline(values: list[float], width: int = 48) -> str:
     return "".join(BLOCKS[int((v - low) / span * (len(BLOCKS) - 1) + 0.5) if span else 0] for v in parts)
 
 
-def model_card(config: Config, metrics: list[dict[str, Any]]) -> str:
+def model_card(config: Config, metrics: list[dict[str, Any]], found: Sequence[Finding] = ()) -> str:
     """Markdown of a run's settings, final numbers and curves.
 
     Args:
         metrics: the lines of `metrics.jsonl` so far.
+        found: what a reader of the numbers should know.
     """
     steps = [m for m in metrics if "dpo/loss" in m]
     evaluations = [m for m in metrics if "dpo-eval/loss" in m]
@@ -45,6 +48,7 @@ def model_card(config: Config, metrics: list[dict[str, Any]]) -> str:
         f"[DPO](https://arxiv.org/abs/2305.18290) (`{config.actor.loss_type}`, beta {config.actor.beta:g}), "
         f"{len(steps)} steps. Generation stops on the end token it was trained with.",
         "",
+        *_findings(found),
         "## Curves",
         "",
         "| metric | first | last | over the steps |",
@@ -70,3 +74,9 @@ def model_card(config: Config, metrics: list[dict[str, Any]]) -> str:
             )
     lines += ["", "## Configuration", "", "```yaml", config_module.to_yaml(config).rstrip(), "```", ""]
     return "\n".join(lines)
+
+
+def _findings(found: Sequence[Finding]) -> list[str]:
+    if not found:
+        return []
+    return ["## What the checks found", "", *(f"- {finding.level}: {finding.text}" for finding in found), ""]

@@ -287,7 +287,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
     config = _load(arguments)
     from dpo_kit import doctor
 
-    found = doctor.examine(config, lambda finding: print(finding, flush=True))
+    found = doctor.examine(config, lambda finding: print(doctor.line(finding), flush=True))
     return 2 if any(finding.level == "bad" for finding in found) else 0
 
 

@@ -82,6 +82,13 @@ def paragraph(text: object) -> Html:
     return Html(f'<div style="margin:.3em 0">{escape(text)}</div>', str(text))
 
 
+def notice(level: str, text: object) -> Html:
+    """One escaped line with a bar at its side: `bad` in vermillion, anything else in orange."""
+    colour = "#D55E00" if level == "bad" else "#E69F00"
+    style = f"margin:.3em 0;padding:.1em .6em;border-left:4px solid {colour}"
+    return Html(f'<div style="{style}"><b>{escape(level)}</b> {escape(text)}</div>', f"{level}: {text}")
+
+
 def preformatted(text: object) -> Html:
     """Escaped text with its own line breaks, in the page's fixed-width face."""
     style = "margin:.3em 0;white-space:pre-wrap;font-family:monospace;background:transparent;color:inherit"

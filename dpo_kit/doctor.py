@@ -1,11 +1,7 @@
 """What is wrong with a run before it is started: `dpo-kit doctor --config X`, one line a check.
 
-    ok     fine
-    look   it runs, and may not be what was meant
-    bad    it fails or learns nothing; the line says why and what to do
-
-The checks use the config's own models and its first rows, and leave nothing behind. Not here: what a run costs
-(`estimate`), the checks themselves where a run makes them, too (`preflight`, `engine`).
+Levels are those of `findings`. The checks use the config's own models and its first rows, and leave nothing behind.
+Not here: what a run costs (`estimate`), the checks that every run makes (`inspection`, `preflight`, `engine`).
 """
 
 from __future__ import annotations
@@ -13,41 +9,39 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-import math
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from dpo_kit import builtin, dataset, engine, launch, loading, model, parallel, preflight, prepare
+from dpo_kit import (
+    builtin,
+    dataset,
+    engine,
+    inspection,
+    launch,
+    loading,
+    measures,
+    model,
+    parallel,
+    preflight,
+    prepare,
+)
 from dpo_kit.config import Config
 from dpo_kit.errors import UserError
 from dpo_kit.files import read_json
+from dpo_kit.findings import Finding
 from dpo_kit.losses import loss_at_reference
-from dpo_kit.pairing import CONTRADICTORY, EMPTY, REPEATED, UNUSABLE
+from dpo_kit.pairing import UNUSABLE
 from dpo_kit.preferences import PairStore
 
 ROWS = 96
 OVERFIT_PAIRS, OVERFIT_STEPS, OVERFIT_LR, LEARNED = 4, 8, 1e-4, 0.7
-SWAPPED_P = 0.01
 _SHOWN_TOKENS = 48
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report; `level` is `ok`, `look` or `bad`."""
-
-    level: str
-    name: str
-    text: str
-
-    def __str__(self) -> str:
-        return f"{self.level:<5} {self.name:<11} {self.text}"
 
 
 class _Report:
@@ -59,13 +53,18 @@ class _Report:
         self.findings.append(Finding(level, name, " ".join(text.split())))
         self.tell(self.findings[-1])
 
-    def problems(self, name: str, fine: str, found: Iterable[tuple[str, str]]) -> None:
-        """Adds each (level, text), or the fine line when there is none."""
+    def problems(self, name: str, fine: str, found: Iterable[Finding]) -> None:
+        """Adds each finding under this name, or the fine line when there is none."""
         found = list(found)
-        for level, text in found:
-            self.add(name, text, level)
+        for finding in found:
+            self.add(name, finding.told, finding.level)
         if not found:
             self.add(name, fine)
+
+
+def line(finding: Finding) -> str:
+    """A finding as a line of the report."""
+    return f"{finding.level:<5} {finding.name:<11} {finding.text}"
 
 
 def examine(config: Config, tell: Callable[[Finding], Any] = print) -> list[Finding]:
@@ -77,9 +76,8 @@ def examine(config: Config, tell: Callable[[Finding], Any] = print) -> list[Find
     """
     report = _Report(tell)
     config = _devices(config, report)
-    report.problems(
-        "settings", f"lr {config.actor.optimizer.lr:g}, beta {config.actor.beta:g}", _settings(config)
-    )
+    fine = f"lr {config.actor.optimizer.lr:g}, beta {config.actor.beta:g}"
+    report.problems("settings", fine, inspection.settings(config, _model_config(config)))
     usable = _places(config, report)
     with tempfile.TemporaryDirectory(prefix="dpo-kit-doctor-") as folder:
         tried = _small(config, Path(folder))
@@ -108,30 +106,11 @@ def _devices(config: Config, report: _Report) -> Config:
     return resolved
 
 
-def _settings(config: Config) -> Iterable[tuple[str, str]]:
-    train, valid = config.train_dataset, config.valid_dataset
-    if valid is not None and valid.path == train.path and valid.split == train.split and not valid.from_train:
-        yield "bad", f"valid_dataset is the training data ({train.path}): held-out figures would mean nothing"
-    if config.actor.optimizer.lr == 0:
-        yield "bad", "actor.optimizer.lr = 0: no weight will change; use 5e-6 or another rate above 0"
-    if not config.actor.disable_dropout and (where := _dropout_of(config)):
-        yield (
-            "look",
-            f"dropout is on (actor.disable_dropout=false, {where}): policy and reference then differ from the start;"
-            " use actor.disable_dropout=true",
-        )
-
-
-def _dropout_of(config: Config) -> str:
-    """Fields of the model's config that are dropout above 0."""
+def _model_config(config: Config) -> dict[str, Any]:
     try:
-        made = read_json(model.snapshot(builtin.ensure(config.actor.path)) / "config.json", {})
+        return read_json(model.snapshot(builtin.ensure(config.actor.path)) / "config.json", {})
     except UserError:
-        return ""
-    fields = {
-        k: v for k, v in made.items() if ("dropout" in k or k.endswith("pdrop")) and isinstance(v, float)
-    }
-    return ", ".join(f"{name} = {value:g}" for name, value in fields.items() if value > 0)
+        return {}
 
 
 def _places(config: Config, report: _Report) -> bool:
@@ -189,51 +168,28 @@ def _data(config: Config, report: _Report, bad_rows: str) -> PairStore | None:
         report.add("data", str(error), "bad")
         return None
     made = store.report
-    report.problems("data", f"{made['kept']} pairs of the first {made['rows']} rows", _rows(made, bad_rows))
+    report.problems("data", f"{made['kept']} pairs of the first {made['rows']} rows", _rows(store, bad_rows))
     tokenizer = builtin.load_tokenizer(builtin.ensure(store.tokenizer_path))
     own = builtin.load_tokenizer(builtin.ensure(config.actor.path))
-    report.problems("text", "responses end once, as the tokenizer ends them", _texts(store, tokenizer, own))
+    report.problems(
+        "text", "responses end once, as the tokenizer ends them", inspection.texts(store, tokenizer, own)
+    )
     report.add("scored", marked(store, 0, tokenizer))
     return store
 
 
-def _rows(made: dict[str, Any], bad_rows: str) -> Iterable[tuple[str, str]]:
-    dropped = {reason: count for reason, count in made["dropped"].items() if count}
-    if sum(dropped.values()) > dataset.WARN_DROPPED_SHARE * made["rows"]:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
-        first = f"; {made['unusable_rows'][0]}" if made["unusable_rows"] else ""
-        yield "bad", f"{sum(dropped.values())} of {made['rows']} rows are dropped ({reasons}){first}"
-    elif made["unusable_rows"] and bad_rows == "strict":
-        yield "bad", f"{dropped[UNUSABLE]} of {made['rows']} rows cannot be used; {made['unusable_rows'][0]}"
-    if count := made["notes"].get(EMPTY):
-        yield (
+def _rows(store: PairStore, bad_rows: str) -> Iterable[Finding]:
+    """What is found in every run, and the rows that a strict one would refuse."""
+    made = store.report
+    unusable = made["unusable_rows"]
+    for finding in inspection.pairs(store, None):
+        if not (unusable and bad_rows == "strict" and finding.name == inspection.DROPPED):
+            yield finding
+    if unusable and bad_rows == "strict":
+        yield Finding(
             "bad",
-            f"{count} of {made['kept']} pairs have an empty response; remove those rows, or fill them in",
-        )
-    for note in (REPEATED, CONTRADICTORY):
-        if count := made["notes"].get(note):
-            yield "look", f"{count} of {made['kept']} pairs {note.removeprefix('kept that ')}"
-
-
-def _texts(store: PairStore, tokenizer: Any, own: Any) -> Iterable[tuple[str, str]]:
-    names = {name for name in (*tokenizer.all_special_tokens, *own.all_special_tokens) if name.strip()}
-    ends = 0
-    for i in range(len(store)):
-        pair = store.pair(i)
-        for ids in (pair.chosen_ids, pair.rejected_ids):
-            text = tokenizer.decode(ids[:-1].tolist()).rstrip()
-            ends += any(text.endswith(name) for name in names)
-    if ends:
-        yield (
-            "bad",
-            f"{ends} of {2 * len(store)} responses end twice: an end token's name stands at the end of the text; the"
-            " kit adds the end token itself, so cut it from the data",
-        )
-    if store.meta["layout"] == "conversation" and own.chat_template != tokenizer.chat_template:
-        yield (
-            "bad",
-            f"tokenizer_path = {store.tokenizer_path!r} has another chat template than actor.path; leave tokenizer_path"
-            " out, so that the policy's own is used",
+            inspection.DROPPED,
+            f"{made['dropped'][UNUSABLE]} of {made['rows']} rows cannot be used; {unusable[0]}",
         )
 
 
@@ -264,35 +220,11 @@ def _training(config: Config, store: PairStore, report: _Report) -> None:
             # What a run says of its cache is nobody's concern here.
             with contextlib.redirect_stdout(io.StringIO()):
                 loading.prepare_reference(state, Path(config.cluster.fileroot), np.arange(len(store)))
-            report.problems(
-                "preference", "the reference does not prefer the rejected answers", _preference(state)
-            )
+            fine = "the reference does not prefer the rejected answers"
+            report.problems("preference", fine, measures.swapped_columns(store, state.ref_train))
             _steps(state, report)
     except UserError as error:
         report.add("training", str(error), "bad")
-
-
-def _preference(state: engine.Engine) -> Iterable[tuple[str, str]]:
-    """Swapped columns show where the untrained reference itself prefers what is called rejected."""
-    if state.ref_train is None:
-        return
-    # Nats a token: the sum would follow the lengths.
-    lengths = state.train.all_lengths()[:, 1:]
-    prompts = np.array([[max(state.train.pair(i).prompt, 1)] for i in range(len(lengths))])
-    values = state.ref_train.cpu().numpy() / np.maximum(lengths - prompts, 1)
-    wins, num_pairs = int((values[:, 0] > values[:, 1]).sum()), len(values)
-    chance = at_most(wins, num_pairs)
-    if chance < SWAPPED_P:
-        yield (
-            "look",
-            f"the reference finds the rejected answer likelier, token by token, in {num_pairs - wins} of {num_pairs}"
-            f" pairs (by chance in {100 * chance:.2g} % of cases): are the columns chosen and rejected swapped?",
-        )
-
-
-def at_most(wins: int, tosses: int) -> float:
-    """Probability of at most this many heads of a fair coin."""
-    return sum(math.comb(tosses, k) for k in range(wins + 1)) / 2**tosses
 
 
 def _steps(state: engine.Engine, report: _Report) -> None:

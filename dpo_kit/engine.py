@@ -24,6 +24,7 @@ from torch import Tensor
 from dpo_kit import metrics as names
 from dpo_kit.config import Config
 from dpo_kit.errors import UserError
+from dpo_kit.findings import Finding
 from dpo_kit.losses import implicit_rewards, loss_at_reference, preference_loss
 from dpo_kit.measures import gaps_of, pair_records, sums_of
 from dpo_kit.model import PairModel
@@ -65,6 +66,7 @@ class Engine:
     policy_is_reference: bool = False
     should_stop: Callable[[], bool] = field(default=lambda: False)
     progress: Callable[..., None] = field(default=lambda *_a, **_k: None)
+    found: Callable[[Finding], None] = field(default=lambda _: None)
 
     @property
     def max_tokens(self) -> int:
@@ -430,7 +432,9 @@ def check_first_step(engine: Engine, record: dict[str, Any], gaps: Tensor) -> No
     )
     if world.is_main:
         print(text, flush=True)
-    if not figure <= allowed and check == "error":
-        raise UserError(
-            f"{text}: policy and reference do not compute the same; set ref.first_step_check=warn to go on"
-        )
+    if figure <= allowed:
+        return
+    text = f"{text}: policy and reference do not compute the same"
+    if check == "error":
+        raise UserError(f"{text}; set ref.first_step_check=warn to go on")
+    engine.found(Finding("bad", "first step", text))

@@ -22,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dpo_kit import config as config_module
-from dpo_kit import devices, identity, manifest, preflight, records, runs, watch
+from dpo_kit import devices, findings, identity, manifest, preflight, records, runs, watch
 from dpo_kit.config import Config
 from dpo_kit.errors import ConfigError, RunError, UserError
 from dpo_kit.owners import is_headless
@@ -142,6 +142,8 @@ def foreground(run: Run, is_done: bool) -> int:
     """Supervises a queued run in this process; its exit status."""
     code = 0 if is_done else supervise(run.dir, foreground=True)
     if code == 0 and not is_done and (figures := watch.last_figures(run.dir)):
+        for finding in findings.read(run.dir):  # again: hours may lie between
+            _say(str(finding))
         _say(figures)
     if code != 0:
         print(run.epitaph(), file=sys.stderr, flush=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from dpo_kit import locks, manifest, records, watch
+from dpo_kit import findings, locks, manifest, records, watch
 from dpo_kit.display import plain_table
 from dpo_kit.errors import UserError
 from dpo_kit.files import read_json
@@ -46,6 +46,7 @@ def show_text(run: Run) -> str:
             if last.get(key) is not None
         ]
         lines.append(f"  last     step {last['step']}: {', '.join(figures)}")
+    lines += [f"  {finding.level:<8} {finding.told}" for finding in findings.read(run.dir)]
     if parent := made.get("parent"):
         lines.append(f"  fork of  {manifest.fork_text(parent)}")
     if kept := run.checkpoints():

@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dpo_kit import records, watch
-from dpo_kit.display import Html, escape
+from dpo_kit import findings, records, watch
+from dpo_kit.display import Html, escape, notice, stack
 
 _BAR_S = 0.5
 _CHART_S = 1.0
@@ -34,7 +34,7 @@ class View:
         self.chart: Any = None
         self.widget: Any = None
         self.opened = False
-        self.bar = _show(bar(run.name, records.read_status(run.dir)))
+        self.bar = _show(self._bar(records.read_status(run.dir)))
         # Plotly takes seconds to import; the bar moves on meanwhile.
         self.importing = threading.Thread(target=_import_plotly, name="import plotly", daemon=True)
         self.importing.start()
@@ -57,7 +57,7 @@ class View:
         now = time.monotonic()
         if now - self.bar_at > _BAR_S:
             self.bar_at = now
-            self.bar.update(bar(self.run.name, status))
+            self.bar.update(self._bar(status))
         if not self.opened and not self.importing.is_alive():
             self.open()
         if self.widget is not None and now - self.chart_at > _CHART_S:
@@ -66,7 +66,7 @@ class View:
 
     def close(self, status: dict[str, Any]) -> None:
         """The last state, and a chart that needs no live widget."""
-        self.bar.update(bar(self.run.name, status))
+        self.bar.update(self._bar(status))
         if self.widget is None:
             return
         from dpo_kit import plots
@@ -74,6 +74,10 @@ class View:
         self.chart.update(plots.mimebundle(plots.rewards(self.run)), raw=True)
         self.widget.close()
         self.widget = None
+
+    def _bar(self, status: dict[str, Any]) -> Html:
+        known = findings.read(self.run.dir) if status.get("phase") not in watch.BEFORE_FINDINGS else []
+        return stack(bar(self.run.name, status), *(notice(f.level, f.told) for f in known))
 
     def _refresh(self) -> None:
         from dpo_kit import plots

@@ -1,20 +1,27 @@
-"""What the pairs of a micro-batch add to a step's metrics, and the line that a scored pair becomes.
+"""What the pairs of a micro-batch add to a step's metrics, the line that a scored pair becomes, and what the
+reference alone says about the pairs.
 
-Every function is plain arithmetic on the log-probs of one micro-batch; nothing here crosses the ranks. Not here:
+Every function is plain arithmetic on log-probs; nothing here crosses the ranks. Not here:
 the loss (`losses`), the metrics' names and means (`metrics`).
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dpo_kit.findings import Finding
 from dpo_kit.metrics import TIE_NATS
 from dpo_kit.packing import MicroBatch
 from dpo_kit.preferences import PairStore
+
+# With many pairs a small lean is certain and means nothing: swapped columns lean far.
+SWAPPED_P, SWAPPED_SHARE = 0.01, 0.4
 
 
 def sums_of(
@@ -81,3 +88,35 @@ def pair_records(store: PairStore, table: np.ndarray, *, beta: float) -> list[di
             }
         )
     return records
+
+
+def swapped_columns(store: PairStore, values: Tensor | None) -> Iterator[Finding]:
+    """Swapped columns show where the untrained reference itself prefers what is called rejected, token by token.
+
+    Args:
+        values: the reference's log-probs of the store's rows in nats, NaN where there are none; None: not known.
+            Shape: (P, 2)
+    """
+    if values is None:
+        return
+    logps = values.cpu().numpy()
+    rows = np.flatnonzero(np.isfinite(logps).all(1))
+    # Nats a token: the sum would follow the lengths.
+    tokens = store.lengths_of(rows)[:, 1:] - np.maximum(np.asarray(store.prompt)[rows], 1)[:, None]
+    a_token = logps[rows] / np.maximum(tokens, 1)
+    wins, num_pairs = int((a_token[:, 0] > a_token[:, 1]).sum()), len(rows)
+    chance = at_most(wins, num_pairs)
+    if chance < SWAPPED_P and wins <= SWAPPED_SHARE * num_pairs:
+        yield Finding(
+            "look",
+            "preference",
+            f"the reference finds the rejected answer likelier, token by token, in {num_pairs - wins} of {num_pairs}"
+            f" pairs (by chance in {100 * chance:.2g} % of cases): are the columns chosen and rejected swapped?",
+        )
+
+
+def at_most(wins: int, tosses: int) -> float:
+    """Probability of at most this many heads of a fair coin; over 1,000 tosses by the normal curve."""
+    if tosses > 1000:
+        return 0.5 * math.erfc((tosses / 2 - wins - 0.5) / math.sqrt(tosses / 2))
+    return sum(math.comb(tosses, k) for k in range(wins + 1)) / 2**tosses

@@ -13,15 +13,16 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from dpo_kit import builtin, preflight, records
+from dpo_kit import builtin, findings, inspection, preflight, records
 from dpo_kit import config as config_module
 from dpo_kit.config import Config
 from dpo_kit.errors import ConfigError, UserError
 from dpo_kit.files import atomic_write, read_json, to_json
+from dpo_kit.findings import Finding
 
 
 def prepare(run_dir: Path) -> None:
@@ -35,6 +36,7 @@ def prepare(run_dir: Path) -> None:
     check_tokenizers(config)
     records.write_progress(run_dir, phase="build pairs")
     stores = build_pairs(run_dir, config)
+    findings.write(run_dir, _inspect(config, stores))
     data = {split: None if store is None else str(store.path) for split, store in stores.items()}
     atomic_write(run_dir / "data.json", to_json(data, indent=1))
     manifest = read_json(run_dir / "manifest.json", {})
@@ -62,6 +64,16 @@ def build_pairs(run_dir: Path, config: Config) -> dict[str, Any]:
             train = stores["train"] if split != "train" else None
             print(dataset.format_report(stores[split], train), flush=True)
     return stores
+
+
+def _inspect(config: Config, stores: dict[str, Any]) -> Iterator[Finding]:
+    """The checks that every run makes; for a reader of its figures."""
+    folder = Path(builtin.ensure(config.actor.path))
+    yield from inspection.settings(config, read_json(folder / "config.json", {}))
+    yield from inspection.pairs(stores["train"], stores["valid"])
+    own = builtin.load_tokenizer(config.actor.path) if config.tokenizer_path != config.actor.path else None
+    tokenizer = builtin.load_tokenizer(stores["train"].tokenizer_path)
+    yield from inspection.texts(stores["train"], tokenizer, own or tokenizer)
 
 
 def check_tokenizers(config: Config) -> None:

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dpo_kit import commit, history, records
+from dpo_kit import commit, findings, history, records
 from dpo_kit.config import Config
 from dpo_kit.files import atomic_write, read_json, to_json
+from dpo_kit.findings import Finding
 from dpo_kit.parallel import World
 
 PROGRESS_EVERY_S = 0.2
@@ -69,6 +70,11 @@ class Recorder:
         if self.world.is_main:
             print(note, flush=True)
             records.write_progress(self.run_dir, phase=self.phase, note=note)
+
+    def found(self, finding: Finding) -> None:
+        """Keeps a finding for whoever reads the run's figures; rank 0 does."""
+        if self.world.is_main:
+            findings.add(self.run_dir, finding)
 
     def flush(self) -> None:
         """Shows what `progress` held back, so that a run that ends early says at which step."""

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dpo_kit import analysis, display, history, launch, records
+from dpo_kit import analysis, display, history, launch, records, tables
 from dpo_kit import config as configs
 from dpo_kit.config import Config
 from dpo_kit.errors import ConfigError, RunError, UserError
@@ -297,9 +297,9 @@ def table(trials: Sequence[Trial]) -> display.Html:
         ]
         for r in results(trials)
     ]
-    return display.table(
-        header, rows, caption="chosen, rejected, margin and accuracy are of the held-out pairs"
-    )
+    caption = "chosen, rejected, margin and accuracy are of the held-out pairs"
+    known = tables.findings_list([trial.run for trial in trials if trial.run])
+    return display.stack(known, display.table(header, rows, caption=caption))
 
 
 def phases(trials: Sequence[Trial]) -> display.Html:

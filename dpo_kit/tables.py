@@ -9,12 +9,12 @@ that loads a model.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from dpo_kit import analysis, baselines, builtin, display, history, preferences, ranking, records
+from dpo_kit import analysis, baselines, builtin, display, findings, history, preferences, ranking, records
 from dpo_kit.config import Config
 from dpo_kit.display import Html
 from dpo_kit.errors import UserError
@@ -27,10 +27,21 @@ _MOST_FITTED = 5000  # training pairs that the rules on one feature are fitted o
 
 
 def reading(run: Run) -> Html:
-    """The curves of a run in words."""
+    """The curves of a run in words, after what the checks found."""
     actor = run.config.actor
     lines = analysis.reading(history.read_metrics(run.dir), loss_type=actor.loss_type, beta=actor.beta)
-    return display.stack(*(display.paragraph(line) for line in lines))
+    return display.stack(findings_list([run]), *(display.paragraph(line) for line in lines))
+
+
+def findings_list(runs: Sequence[Run], about: Collection[str] | None = None) -> Html:
+    """What a reader of the runs' figures should know, each line once; nothing where no check found anything.
+
+    Args:
+        about: only findings of these names.
+    """
+    found = dict.fromkeys(finding for run in runs for finding in findings.read(run.dir))
+    shown = [finding for finding in found if about is None or finding.name in about]
+    return display.stack(*(display.notice(finding.level, finding.told) for finding in shown))
 
 
 def phases_table(run: Run) -> Html:
@@ -86,7 +97,8 @@ def accuracy_table(run: Run) -> Html:
     ]
     table = display.table(["held-out pairs", "right", "n", "accuracy", "95 % interval"], rows)
     said = [_verdict(trained, rules), *notes]
-    return display.stack(table, *(display.paragraph(line) for line in said))
+    known = findings_list([run], about=("held-out", "first step"))
+    return display.stack(known, table, *(display.paragraph(line) for line in said))
 
 
 def _share_row(name: str, share: analysis.Share) -> list[object]:

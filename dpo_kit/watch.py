@@ -17,8 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dpo_kit import findings
 from dpo_kit.errors import UserError
 from dpo_kit.files import atomic_write, read_json, to_json
+from dpo_kit.findings import Finding
 
 # Seconds on two CPU cores with the built-in 135M model, where no earlier run tells better.
 GUESSES_S = {
@@ -36,6 +38,8 @@ GUESSES_S = {
 }
 FIRST_LINE_S = 1.5
 SILENT_S = 4.0  # with the time a line takes to come, nothing is silent for over 5 s
+# Until the pairs are built, what lies there is an earlier attempt's.
+BEFORE_FINDINGS = (None, "convert model", "build pairs")
 _MEMORY = "phase_seconds.json"
 _TAIL_BYTES = 16384
 
@@ -158,6 +162,7 @@ class Lines:
         self.tenth = 0
         self.told = ""
         self.seconds: dict[str, float] = {}
+        self.found: set[Finding] = set()
 
     def update(self, status: dict[str, Any]) -> None:
         """Prints what is due."""
@@ -173,6 +178,8 @@ class Lines:
         changed = status.get("phase") != self.phase and not saving
         if changed:
             self._phases_done(status)
+            if status.get("phase") not in BEFORE_FINDINGS:
+                self._tell_findings()
             self.phase, self.tenth = status.get("phase"), _tenth(status)
         tenth = _tenth(status)
         reached = self.phase == "training" and not saving and tenth > self.tenth
@@ -187,6 +194,12 @@ class Lines:
         """Prints how the run ended."""
         self._phases_done(status, ended=True)
         self.write(describe(status))
+
+    def _tell_findings(self) -> None:
+        for finding in findings.read(self.run_dir):
+            if finding not in self.found:
+                self.found.add(finding)
+                self.write(str(finding))
 
     def _phases_done(self, status: dict[str, Any], *, ended: bool = False) -> None:
         for phase in status.get("phases", []):

@@ -26,11 +26,13 @@ from dpo_kit import (
     builtin,
     card,
     engine,
+    findings,
     halving,
     hangs,
     history,
     loading,
     manifest,
+    measures,
     memory,
     model,
     packing,
@@ -85,9 +87,12 @@ def _run(run_dir: Path, config: Config, world: World, recorder: Recorder, should
         valid=valid,
         should_stop=should_stop,
         progress=recorder.progress,
+        found=recorder.found,
     )
     settle_budget(run_dir, state, free)
     recorder.write_weights(loading.prepare_reference(state, Path(config.cluster.fileroot)))
+    for finding in measures.swapped_columns(train, state.ref_train):
+        recorder.found(finding)
     optimizer = engine.make_optimizer(state)
     keeper = Keeper(run_dir, state, optimizer, recorder)
     facts = keeper.resume()
@@ -98,7 +103,8 @@ def _run(run_dir: Path, config: Config, world: World, recorder: Recorder, should
 
     def save(folder: Path, phase: str = "checkpoint") -> None:
         recorder.progress(phase)
-        text = card.model_card(config, history.readable_metrics(run_dir)) if world.is_main else ""
+        found = findings.read(run_dir)
+        text = card.model_card(config, history.readable_metrics(run_dir), found) if world.is_main else ""
         model.export(
             state.policy, folder, tokenizer, world, dtype=dtype, end_token_id=end_token_id, card=text
         )
