@@ -10,11 +10,12 @@ NOTEBOOK := notebooks/train.ipynb
 OUT := out.ipynb
 BENCH ?=
 
-.PHONY: help setup demo test check bench evidence lab record clean
+.PHONY: help setup demo test bare check bench evidence lab record clean
 
 help:
 	@echo "make demo    environment, then the training notebook on the embedded default (-> out.ipynb, out.html)"
 	@echo "make test    environment, then every test but those marked slow, gpu or evidence"
+	@echo "make bare    the notebooks and charts as on a machine without a browser and with an empty home"
 	@echo "make check   format, lint, types, layers, recorded notebooks"
 	@echo "make bench   training speed against TRL on this machine (about 25 minutes on two cores); BENCH=options"
 	@echo "make evidence  hours: 50 kills, 1 GiB of pairs, 2,000 steps (docs/faults.md)"
@@ -37,8 +38,11 @@ demo: setup
 	@echo "the rendered run: $(OUT) and $(OUT:.ipynb=.html)"
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow and not gpu and not evidence"
+	$(BIN)/python -m pytest -m "not slow and not gpu and not evidence and not bare"
 	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg tests/notebooks
+
+bare: $(VENV)/.ready
+	.ci/bare $(BIN)/python -m pytest tests/test_bare.py tests/test_picture.py tests/test_plots.py tests/test_notebook.py tests/test_notebooks.py
 
 check: $(VENV)/.ready
 	$(BIN)/ruff format --check .

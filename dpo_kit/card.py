@@ -46,7 +46,7 @@ def model_card(config: Config, metrics: list[dict[str, Any]], found: Sequence[Fi
         "",
         f"`{config.actor.path}` trained on preference pairs of `{config.train_dataset.path}` with "
         f"[DPO](https://arxiv.org/abs/2305.18290) (`{config.actor.loss_type}`, beta {config.actor.beta:g}), "
-        f"{len(steps)} steps. Generation stops on the end token it was trained with.",
+        f"{len(steps)} step{'s' * (len(steps) != 1)}. Generation stops on the end token it was trained with.",
         "",
         *_findings(found),
         "## Curves",

@@ -56,7 +56,7 @@ def pairs(train: PairStore, valid: PairStore | None) -> Iterator[Finding]:
             yield from _rows(title, store)
     if valid is not None and (count := shared_prompts(train, valid)):
         text = f"{count} of {len(valid)} held-out pairs have a prompt that is also in training"
-        remedy = "held-out figures flatter; use valid_dataset.path=null valid_dataset.from_train=0.05"
+        remedy = "held-out figures look better than they are; use valid_dataset.path=null valid_dataset.from_train=0.05"
         yield Finding("look", "held-out", f"{text}: {remedy}")
 
 

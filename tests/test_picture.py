@@ -192,3 +192,31 @@ def test_a_home_that_cannot_be_written_and_no_browser_say_nothing(tmp_path):
         check=True,
     )
     assert (done.stdout, done.stderr) == ("True\n", "")
+
+
+@pytest.mark.parametrize("script", ["sleep 600", "exit 1"], ids=["hangs", "fails"])
+def test_a_broken_browser_changes_nothing(tmp_path, script):
+    """It is not even asked."""
+    for name in ("chromium", "chromium-browser", "google-chrome", "chrome"):
+        file = tmp_path / name
+        file.write_text(f"#!/bin/sh\ntouch {tmp_path}/asked\n{script}\n")
+        file.chmod(0o755)
+    code = (
+        "import hashlib; from dpo_kit import plots; from tests.test_plots import LINES\n"
+        "bundle = plots.mimebundle(plots.rewards(('one', LINES)))\n"
+        "print(hashlib.sha256(bundle['image/png'].encode()).hexdigest(), bundle['text/plain'])"
+    )
+    with_it, without = (
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PATH": path},
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=120,
+        )
+        for path in (f"{tmp_path}:{os.environ['PATH']}", os.environ["PATH"])
+    )
+    assert with_it.stdout == without.stdout
+    assert with_it.stderr == ""
+    assert not (tmp_path / "asked").exists()
