@@ -76,8 +76,8 @@ def test_unused_columns_repeats_and_contradictions(tmp_path):
 def test_prompts_in_both_parts_are_a_leak(tmp_path):
     found = texts(inspection.pairs(*built(tmp_path, rows(6), rows(8)[4:])))
     assert found == [
-        "look: 2 of 4 held-out pairs have a prompt that is also in training: held-out figures look better than they are;"
-        " use valid_dataset.path=null valid_dataset.from_train=0.05"
+        "look: 2 of 4 held-out pairs have a prompt that is also in training: held-out figures look better than they"
+        " are; use valid_dataset.path=null valid_dataset.from_train=0.05"
     ]
 
 
