@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable
 
 _SHOWN_AROUND = 12
-_DECODED = re.compile("[^\x00-\x7f\udc80-\udcff]")
+_DECODED, _STRAY = re.compile("[^\x00-\x7f\udc80-\udcff]"), re.compile("[\udc80-\udcff]")
 _MARKS = {
     b"\xff\xfe\0\0": "utf-32",
     b"\0\0\xfe\xff": "utf-32",
@@ -40,27 +40,26 @@ def remedy(lines: Iterable[bytes], name: str) -> str:
     A file in cp1252 (of which Latin-1 has the same letters, and control characters for the quotes and dashes)
     is shown as it would read. A file that is UTF-8 elsewhere is not converted: that would spoil the rest.
     """
-    shown, is_mixed, has_utf8 = "", False, False
+    shown, is_cp1252, is_utf8_elsewhere = "", True, False
     for line in lines:
         try:
-            has_utf8 = has_utf8 or not line.decode().isascii()
+            is_utf8_elsewhere |= not line.decode().isascii()
             continue
         except UnicodeDecodeError as error:
             at = error.start
-        is_mixed = is_mixed or bool(_DECODED.search(line.decode("utf-8", "surrogateescape")))
+        text = line.decode("utf-8", "surrogateescape")
+        # In Chinese or Japanese encodings a few pairs of bytes are UTF-8 by chance.
+        is_utf8_elsewhere |= len(_DECODED.findall(text)) >= len(_STRAY.findall(text))
         try:
-            text = line.decode("cp1252")
+            read = line.decode("cp1252")
+            shown = shown or read[max(0, at - _SHOWN_AROUND) : at + _SHOWN_AROUND].strip()
         except UnicodeDecodeError:
-            return (
-                "the file is no text of Western Windows (cp1252) either; find out its encoding, then: "
-                + command("ENCODING", name)
-            )
-        shown = shown or text[max(0, at - _SHOWN_AROUND) : at + _SHOWN_AROUND].strip()
-    if is_mixed:
-        return "the rest of the text is UTF-8; mend this line"
-    if has_utf8:
-        return "the other lines are UTF-8; mend this one"
+            is_cp1252 = False
+    if is_utf8_elsewhere:
+        return "elsewhere the file is UTF-8, so do not convert it as a whole: mend what is not"
+    if not is_cp1252:
+        return f"nor Western Windows (cp1252); find out its encoding, then: {command('ENCODING', name)}"
     return (
-        f"as text of Western Windows it reads {shown!r}; if that is right: {command('cp1252', name)}, else "
+        f"as Western Windows (cp1252) it reads {shown!r}; if that is right: {command('cp1252', name)}, else "
         "find out its encoding"
     )

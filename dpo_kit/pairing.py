@@ -292,8 +292,8 @@ def _bad_rows(source: Source, tally: _Tally, section: str) -> DataError:
         )
         return DataError(f"{source.label}{all_bad} {told}{remedy}")
     head = f"{tally.num_bad} bad rows; first: " if others else ""
-    it = "them" if others else "it"
-    way = f"{', or' if remedy else f'; mend {it}, or'} leave {it} out with {section}.bad_rows=quarantine"
+    bad = "the bad rows" if others else "the row"
+    way = f"{', or' if remedy else f'; mend {bad}, or'} leave {bad} out with {section}.bad_rows=quarantine"
     return DataError(f"{head}{source.label} {told}{remedy}{way}")
 
 

@@ -172,6 +172,7 @@ MISTAKES = {
     "cluster.n_nodes=2": "cluster.n_nodes = 2 needs more than one machine",
     "cluster.n_gpus_per_node=all": "give a whole number at least 0 or auto (0 means CPU ranks)",
     "cluster.fileroot=": "cluster.fileroot = '' is empty; give a text",
+    "train_dataset.path=~": "is empty (null, ~ and None mean nothing); give a text (the home folder is ~/)",
     "recover.mode=fault": "recover.mode = 'fault' is not one of disabled, auto (off reads as disabled",
     "actor.is_critic=true": "actor.is_critic = true is not possible: DPO trains a policy and has no critic",
     "actor.init_from_scratch=true": "actor.init_from_scratch = true is not possible",

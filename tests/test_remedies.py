@@ -96,7 +96,8 @@ def test_bytes_that_cp1252_does_not_have_are_given_no_guess(tmp_path, refused, b
     path.write_bytes(lines(row("plain")) + lines(row("caf!")).replace(b"!", bad))
     error = refused(path)
     assert (
-        "no text of Western Windows (cp1252) either; find out its encoding, then: iconv -f ENCODING" in error
+        "which is not UTF-8; nor Western Windows (cp1252); find out its encoding, then: iconv -f ENCODING"
+        in error
     )
 
 
@@ -109,16 +110,34 @@ def test_a_file_that_is_utf_8_but_for_some_rows_is_not_converted_as_a_whole(
     path.write_bytes(lines(*good) + lines(row("caf\u00e9", 9), encoding="cp1252"))
     error = refused(path)
     assert "iconv" not in error
-    assert "the other lines are UTF-8; mend this one" in error
+    assert "elsewhere the file is UTF-8, so do not convert it as a whole: mend what is not" in error
     assert "train_dataset.bad_rows=quarantine" in error
     with pytest.warns(UserWarning, match="1 unusable"):
         assert len(dataset.build(configure(path, bad_rows="quarantine"))) == 3
 
 
+def test_another_language_is_shown_as_it_would_read_and_may_be_converted_from_what_it_is(
+    tmp_path, configure, refused
+):
+    path, rows = tmp_path / "a.jsonl", [row("\u4f60\u597d\uff0c\u4e16\u754c", i) for i in range(9)]
+    path.write_bytes(lines(*rows, encoding="gb18030"))
+    error = refused(path)
+    assert "'\u00c4\u00e3\u00ba\u00c3" in error.replace('"', "'")
+    assert error.endswith("else find out its encoding")
+    run_command(error.replace("cp1252 -t", "gb18030 -t"), path, tmp_path / "b.jsonl")
+    assert (tmp_path / "b.jsonl").read_bytes() == lines(*rows)
+
+
+def test_a_letter_of_utf_8_that_was_cut_is_no_reason_to_convert(tmp_path, refused):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines(row("\u3041"), row("\u3041!", 1)).replace(b"\x81!", b"!"))
+    assert "mend what is not, or leave the row out with train_dataset.bad_rows=quarantine" in refused(path)
+
+
 def test_utf_8_in_the_very_line_counts_as_well(tmp_path, refused):
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines(row("plain")) + lines(row("caf\u00e9 !")).replace(b"!", b"\x93"))
-    assert "the rest of the text is UTF-8; mend this line" in refused(path)
+    assert "elsewhere the file is UTF-8, so do not convert it as a whole: mend what is not" in refused(path)
 
 
 # --- bad rows --------------------------------------------------------------------------------------------

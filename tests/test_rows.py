@@ -285,7 +285,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     ),
     "latin1.jsonl": (
         jsonl(PAIR, '{"chosen": "caf\u00e9", "rejected": "b"}'.encode("latin-1")),
-        r"latin1.jsonl line 2: column 'chosen' holds byte 0xe9 at character 3, which is not UTF-8; as text of .* iconv",
+        r"latin1.jsonl line 2: column 'chosen' holds byte 0xe9 at character 3, which is not UTF-8; as Western .* iconv",
     ),
     "latin1.json": (
         '[{"chosen": "caf\u00e9", "rejected": "b"}]'.encode("latin-1"),

@@ -58,7 +58,8 @@ def coerce(value: Any, hint: Any, rule: dict[str, Any], interpolated: bool = Fal
     if is_null(value):
         if NoneType in kinds or hint is Any:
             return None
-        raise BadValue(f"is empty (null, ~ and None mean nothing); give {_allowed(kinds, rule)}")
+        home = " (the home folder is ~/)" if value == "~" and str in kinds else ""
+        raise BadValue(f"is empty (null, ~ and None mean nothing); give {_allowed(kinds, rule)}{home}")
     if hint is Any:
         return value
     if value == "" and NoneType in kinds and rule.get("blank", True):
