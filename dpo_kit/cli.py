@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 from dpo_kit import config as config_module
 from dpo_kit import preflight
 from dpo_kit.config import Config
+from dpo_kit.config.values import coerce
 from dpo_kit.display import visible
 from dpo_kit.errors import RunError, UserError
 from dpo_kit.redaction import guarded_output
@@ -79,6 +80,14 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
+
+
+def _count(text: str) -> int:
+    """An option that is a number, read as the configuration reads one."""
+    try:
+        return coerce(text, int, {"ge": 0})
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} {error}") from None
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -171,11 +180,13 @@ def _add_runs(commands: Any) -> None:
                 "target", metavar="RUN", nargs=nargs, help="a folder, experiment/trial, or a trial's name"
             )
         if name == "fork":
-            verb.add_argument("--step", type=int, metavar="N", help="of a checkpoint (default: the last one)")
+            verb.add_argument(
+                "--step", type=_count, metavar="N", help="of a checkpoint (default: the last one)"
+            )
             verb.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. actor.beta=0.3")
         if name == "prune":
             verb.add_argument(
-                "--keep", type=int, default=1, metavar="N", help="newest ones that stay of each run"
+                "--keep", type=_count, default=1, metavar="N", help="newest ones that stay of each run"
             )
         if name in ("prune", "rm"):
             verb.add_argument("--yes", action="store_true", help="do not ask")
@@ -387,8 +398,6 @@ def _runs_fork(arguments: argparse.Namespace) -> int:
 def _runs_prune(arguments: argparse.Namespace) -> int:
     from dpo_kit import cleanup, records, runs
 
-    if arguments.keep < 0:
-        raise UserError(f"--keep {arguments.keep}: give 0 or more")
     picked = (
         [_find(arguments)]
         if arguments.target

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -53,6 +54,8 @@ class _Plan:
     """The dataset section that names the rows."""
     limits: Any
     """The dataset section that sets max_length and max_dropped_share."""
+    model: str
+    """The model that will read the pairs, for messages."""
     seed: int
     valid_share: float | None
     """Share of the prompts that is for validation, None where the source is not split."""
@@ -125,14 +128,13 @@ def _plan(config: Config, split: str) -> _Plan:
     train, valid = config.train_dataset, config.valid_dataset
     share = valid.from_train if valid is not None else None
     if split == "train":
-        return _Plan("train_dataset", train, train, config.seed, share, False)
+        return _Plan("train_dataset", train, train, config.actor.path, config.seed, share, False)
     if split != "valid":
         raise DataError(f"split = {split!r}; use 'train' or 'valid'")
     if valid is None:
         raise DataError("valid_dataset is not set; give it a path, or from_train: 0.05")
-    return _Plan(
-        "valid_dataset", train if share is not None else valid, valid, config.seed, share, is_valid=True
-    )
+    source = train if share is not None else valid
+    return _Plan("valid_dataset", source, valid, config.actor.path, config.seed, share, is_valid=True)
 
 
 def load_tokenizer(named: str) -> tuple[str, Any]:
@@ -187,46 +189,78 @@ def _check_dropped(plan: _Plan, report: dict[str, Any]) -> None:
     dropped = sum(report["dropped"].values())
     rows = report["kept"] + dropped
     if not rows:
-        share = plan.valid_share
-        raise DataError(
-            f"valid_dataset.from_train = {share} leaves no row for {plan.section} of {report['rows']} rows; "
-            f"{'raise' if plan.is_valid else 'lower'} it, or give valid_dataset.path"
-        )
+        raise DataError(_no_row(plan, report))
     reasons = ", ".join(f"{count} {reason}" for reason, count in report["dropped"].items() if count)
     if TOO_LONG in reasons:
         reasons = reasons.replace(TOO_LONG, f"{TOO_LONG} = {report['max_length']} tokens")
+    remedies = _remedies(plan, report)
     if not report["kept"]:
+        commonest = max(remedies, key=lambda reason: report["dropped"][reason])
         raise DataError(
-            f"{report['source']}: no pair is left: all {rows} rows were dropped ({reasons}); "
-            + _remedy(report["dropped"], next(iter(report["unusable_rows"]), ""))
+            f"{report['source']}: no pair is left: all {rows} rows were dropped ({reasons}); {remedies[commonest]}"
         )
     share = dropped / rows
     said = f"{dropped} of {rows} rows ({100 * share:.1f} %) of {report['source']} were dropped ({reasons})"
     if share > plan.limits.max_dropped_share:
+        enough = math.ceil(share * 1000) / 1000
         raise DataError(
             f"{plan.section}.max_dropped_share = {plan.limits.max_dropped_share}, but {said}; "
-            "raise max_length or max_dropped_share, or repair the data"
+            f"{', '.join(remedies.values())}, or raise {plan.section}.max_dropped_share to {enough}"
         )
     if share > WARN_DROPPED_SHARE:
         warnings.warn(f"{plan.section}: {said}", UserWarning, stacklevel=3)
 
 
-def _remedy(dropped: dict[str, int], first_bad: str) -> str:
-    """What to do when every row was dropped, by the commonest reason."""
-    reason = max(dropped, key=lambda name: dropped[name])
-    return {
+def _no_row(plan: _Plan, report: dict[str, Any]) -> str:
+    share = f"valid_dataset.from_train = {plan.valid_share} leaves no row for {plan.section} of {report['rows']} rows"
+    if report.get("one_prompt"):
+        one = f"all {report['rows']} rows have one prompt, which is never in both parts"
+        return f"{share}: {one}; give valid_dataset.path in its place"
+    return f"{share}; {'raise' if plan.is_valid else 'lower'} it, or give valid_dataset.path in its place"
+
+
+def _remedies(plan: _Plan, report: dict[str, Any]) -> dict[str, str]:
+    """What to do about the dropped rows, by the reason they were dropped for."""
+    told = {
         IDENTICAL: "chosen and rejected must differ",
-        UNUSABLE: f"the first: {first_bad}",
-    }.get(reason, "raise max_length")
+        TOO_LONG: _longer(plan, report),
+        UNUSABLE: f"mend the unusable rows (the first: {next(iter(report['unusable_rows']), '')})",
+    }
+    return {reason: remedy for reason, remedy in told.items() if report["dropped"][reason]}
+
+
+def _longer(plan: _Plan, report: dict[str, Any]) -> str:
+    positions = _positions(plan.model)
+    if positions and report["max_length"] >= positions:
+        return f"shorten the texts: the model has {positions} positions"
+    facts = []
+    if needed := report.get("shortest_too_long"):
+        facts.append(f"one of them has {needed} tokens")
+    if positions:
+        facts.append(f"the model has {positions} positions")
+    return f"raise {plan.section}.max_length" + (f" ({'; '.join(facts)})" if facts else "")
+
+
+def _positions(model: str) -> int | None:
+    """How many positions a model has, where it is local and its config.json says so."""
+    folder = Path(builtin.ensure(model) if builtin.cached(model) else model)
+    try:
+        found = json.loads((folder / "config.json").read_text("utf-8")).get("max_position_embeddings")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return found if isinstance(found, int) else None
 
 
 def _selection(plan: _Plan) -> Selection:
     quarantine = plan.limits.bad_rows == "quarantine"
     if plan.valid_share is None:
-        return Selection(plan.limits.max_length, plan.source.num_rows, quarantine=quarantine)
+        return Selection(
+            plan.limits.max_length, plan.source.num_rows, section=plan.section, quarantine=quarantine
+        )
     return Selection(
         plan.limits.max_length,
         plan.source.num_rows,
+        section=plan.section,
         quarantine=quarantine,
         in_split=lambda prompt_hash: _for_validation(plan, prompt_hash) == plan.is_valid,
         num_in_split=plan.limits.num_rows if plan.is_valid else None,

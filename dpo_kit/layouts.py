@@ -16,6 +16,8 @@ Deliberately not here: reading files (`rows.py`), token ids and the LCP (`datase
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -32,6 +34,10 @@ _MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*\\?["'](role|content|from|value)
 
 class RowProblem(Exception):
     """What keeps one row from being a pair; the text names the column."""
+
+
+class NotUtf8(RowProblem):
+    """The text holds bytes that are not UTF-8; the file decides what to do about it."""
 
 
 @dataclass(frozen=True)
@@ -78,10 +84,7 @@ def kinds_of(values: Mapping[str, Any]) -> dict[str, str]:
         if isinstance(value, str):
             _check_characters(value, f"column {column!r}")
             if _MESSAGES_AS_TEXT.match(value):
-                raise RowProblem(
-                    f"column {column!r} is a message list written as a string; store it as a list (json.loads it, "
-                    "and save as .jsonl or .parquet)"
-                )
+                raise RowProblem(f"column {column!r} is a message list written as a string{_remedy(value)}")
             kinds[column] = "text"
         elif isinstance(value, list):
             _check_messages(value, f"column {column!r}", column in REQUIRED)
@@ -97,6 +100,15 @@ def kinds_of(values: Mapping[str, Any]) -> dict[str, str]:
     if kinds["chosen"] == "text" and kinds.get("prompt", "text") != "text":
         raise RowProblem("column 'prompt' is a message list, column 'chosen' is text; make both the same")
     return kinds
+
+
+def _remedy(text: str) -> str:
+    """What makes a list of the text of a message list."""
+    for name, read in (("json.loads", json.loads), ("ast.literal_eval", ast.literal_eval)):
+        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            if isinstance(read(text.strip()), list):
+                return f"; store it as a list ({name} it, and save as .jsonl or .parquet)"
+    return ", and cut or damaged; make it anew, as a list"
 
 
 def check_kinds(kinds: Mapping[str, str], first: Mapping[str, str]) -> None:
@@ -215,9 +227,8 @@ def _check_characters(text: str, what: str) -> None:
     except UnicodeEncodeError as error:
         letter = text[error.start]
         if "\udc80" <= letter <= "\udcff":
-            raise RowProblem(
-                f"{what} holds byte 0x{ord(letter) - 0xDC00:02x} at character {error.start}, which is not UTF-8; "
-                "convert the file, e.g. iconv -f latin1 -t utf-8 OLD > NEW"
+            raise NotUtf8(
+                f"{what} holds byte 0x{ord(letter) - 0xDC00:02x} at character {error.start}, which is not UTF-8"
             ) from None
         raise RowProblem(
             f"{what} holds half a character at {error.start} (lone surrogate U+{ord(letter):04X}); repair the text"

@@ -14,6 +14,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import shlex
+import sys
 import threading
 import time
 import warnings
@@ -26,8 +27,9 @@ import numpy as np
 
 from dpo_kit import builtin, config, dataset, display, launch, owners, plots, tables
 from dpo_kit.config import Config
-from dpo_kit.config.parameters import from_notebook, parameter_names
+from dpo_kit.config.parameters import from_notebook, parameter_names, unknown_names
 from dpo_kit.display import Html
+from dpo_kit.errors import ConfigError
 from dpo_kit.preferences import PairStore
 from dpo_kit.runs import Run
 from dpo_kit.tables import accuracy_table, reading, samples_table, steps_table, where
@@ -39,6 +41,7 @@ __all__ = [
     "build_pairs",
     "collect",
     "data_report",
+    "guard_parameters",
     "pairs",
     "reading",
     "samples_table",
@@ -52,7 +55,33 @@ SWEEP_NAMES = ("betas", "loss_types", "lrs", "seeds")
 _INJECTED = "# Parameters"  # papermill's first line of the cell that it puts after the parameters cell
 
 
-# ---------------------------------------------------------------- the first cell
+# ---------------------------------------------------------------- the first cells
+
+
+def guard_parameters() -> None:
+    """From here on, a parameter whose name is no name of Python is refused in words; nothing outside IPython.
+
+    papermill writes `-p actor.beta 0.3` as `actor.beta = 0.3` into its cell, which Python would end with
+    an AttributeError before `begin` is reached.
+    """
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    if shell is not None and _refuse_names not in shell.input_transformers_cleanup:
+        shell.input_transformers_cleanup.append(_refuse_names)
+
+
+def _refuse_names(lines: list[str]) -> list[str]:
+    """An input transformer of IPython, which shows what it raises in place of running the cell."""
+    given: dict[str, Any] = {}
+    for line in lines[1:] if lines and lines[0].startswith(_INJECTED) else ():
+        name, equals, text = line.rstrip().partition(" = ")
+        if equals and not name.isidentifier() and not line[0].isspace():
+            given[name] = text
+            with contextlib.suppress(ValueError, SyntaxError):
+                given[name] = ast.literal_eval(text)
+    if problems := unknown_names(given, SWEEP_NAMES):
+        raise ConfigError(problems)
+    return lines
 
 
 def begin(namespace: Mapping[str, Any], *, extra: Collection[str] = ()) -> Config:

@@ -31,10 +31,19 @@ import numpy as np
 from dpo_kit import tokens
 from dpo_kit.data_report import summarize
 from dpo_kit.errors import DataError
-from dpo_kit.layouts import CONVERSATION, RowProblem, Texts, check_kinds, kinds_of, layout_of, texts_of
+from dpo_kit.layouts import (
+    CONVERSATION,
+    NotUtf8,
+    RowProblem,
+    Texts,
+    check_kinds,
+    kinds_of,
+    layout_of,
+    texts_of,
+)
 from dpo_kit.preferences import TokenFile, longest_common_prefix
 from dpo_kit.readers import KNOWN, Row, check_columns
-from dpo_kit.rows import Source
+from dpo_kit.rows import Source, utf8_remedy
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -62,6 +71,8 @@ class Selection:
     """Of an 8-byte hash of the prompt's text: whether the row belongs to this split; None: all do."""
     num_in_split: int | None = None
     """The first rows of this split only."""
+    section: str = "train_dataset"
+    """The config section, for messages."""
     quarantine: bool = False
     """Unusable rows are dropped and named in the report, instead of being an error."""
 
@@ -77,6 +88,11 @@ class _Tally:
     notes: Counter[str] = field(default_factory=Counter)
     other_split: int = 0
     unused_columns: list[str] = field(default_factory=list)
+    not_utf8: bool = False
+    prompts: set[bytes] = field(default_factory=set)
+    """Hashes of two prompts, or of the only one."""
+    shortest_too_long: int | None = None
+    """Tokens; of the pairs that were tokenized."""
 
 
 class _Chunks:
@@ -190,8 +206,8 @@ def collect(
     for batch in _batches(_usable(reading, selection, tally)):
         _add_batch(reading.encoder, selection.max_length, batch, tally, chunks)
         progress(tally.rows, total)
-    if tally.num_bad and not selection.quarantine:
-        raise _bad_rows(source.label, tally)
+    if tally.num_bad and (not selection.quarantine or tally.num_bad == tally.rows):
+        raise _bad_rows(source, tally, selection.section)
     tally.dropped[UNUSABLE] = tally.num_bad
     if not tally.rows:
         raise DataError(f"{source.label} is empty: it has no rows")
@@ -207,6 +223,8 @@ def collect(
         "layout": reading.layout,
         "unused_columns": tally.unused_columns,
         "max_length": selection.max_length,
+        "shortest_too_long": tally.shortest_too_long,
+        "one_prompt": len(tally.prompts) == 1,
     }
     if report["kept"]:
         report |= summarize(arrays) | _ends(chunks, tokenizer, reading.layout)
@@ -223,10 +241,13 @@ def _usable(reading: _Reading, selection: Selection, tally: _Tally) -> Iterator[
             texts = reading.texts(row, tally)
         except RowProblem as problem:
             tally.num_bad += 1
+            tally.not_utf8 |= isinstance(problem, NotUtf8)
             if len(tally.first_bad) < (QUARANTINED_ROWS if selection.quarantine else NAMED_BAD_ROWS):
                 tally.first_bad.append(f"{row.where}: {problem}")
             continue
         key = hashlib.blake2b(texts.prompt_text.encode(), digest_size=8).digest()
+        if len(tally.prompts) < 2:
+            tally.prompts.add(key)
         if selection.in_split is not None and not selection.in_split(key):
             tally.other_split += 1
             continue
@@ -260,12 +281,20 @@ def _surely_too_long(texts: Texts, max_length: int, encoder: tokens.Encoder) -> 
     return max(len(texts.chosen), len(texts.rejected)) > max_length * encoder.max_token_chars
 
 
-def _bad_rows(label: str, tally: _Tally) -> DataError:
-    first, *others = tally.first_bad
-    if tally.num_bad == 1:
-        return DataError(f"{label} {first}")
-    way = "; mend them, or leave them out with train_dataset.bad_rows=quarantine"
-    return DataError(f"{tally.num_bad} bad rows; first: {label} {first}; then {'; '.join(others)}{way}")
+def _bad_rows(source: Source, tally: _Tally, section: str) -> DataError:
+    """The first bad rows and what to do: by the bytes where text is not UTF-8, quarantine where rows are left."""
+    first, *others = tally.first_bad[:NAMED_BAD_ROWS]
+    told = f"{first}; then {'; '.join(others)}" if others else first
+    remedy = f"; {utf8_remedy(source)}" if tally.not_utf8 and source.path else ""
+    if tally.num_bad == tally.rows:
+        all_bad = (
+            f": all {tally.num_bad} rows are bad, so it is the file that needs mending;" if others else ""
+        )
+        return DataError(f"{source.label}{all_bad} {told}{remedy}")
+    head = f"{tally.num_bad} bad rows; first: " if others else ""
+    bad = "the bad rows" if others else "the row"
+    way = f"{', or' if remedy else f'; mend {bad}, or'} leave {bad} out with {section}.bad_rows=quarantine"
+    return DataError(f"{head}{source.label} {told}{remedy}{way}")
 
 
 def _add_batch(
@@ -285,6 +314,8 @@ def _add_batch(
             continue
         if max(len(chosen), len(rejected)) > max_length:
             tally.dropped[TOO_LONG] += 1
+            longest = max(len(chosen), len(rejected))
+            tally.shortest_too_long = min(tally.shortest_too_long or longest, longest)
             continue
         shared = longest_common_prefix(chosen, rejected)
         prompt, context = _boundaries(texts, left, moved, shared)

@@ -28,6 +28,7 @@ SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 REQUIRED = ("chosen", "rejected")
 KNOWN = ("prompt", *REQUIRED)
 BATCH_ROWS = 256
+_QUOTE_CELLS = "put cells that hold commas into quotes"
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,10 @@ def check_columns(found: Sequence[str], label: str, where: str = "") -> None:
         return
     hint = ""
     if where == "header":
-        hint = "; if the file has no header line, add one: chosen,rejected"
+        names = {len(REQUIRED): REQUIRED, len(KNOWN): KNOWN}.get(len(found))
+        hint = f"; if the file has no header line, add one: {','.join(names)}" if names else ""
         if len(found) == 1 and re.search("[;\t|]", found[0]):
-            hint = "; columns are separated by commas"
+            hint = f"; separate columns by commas, and {_QUOTE_CELLS}"
     raise DataError(
         f"{label}{' line 1' if where == 'header' else ''}: no column {' and no column '.join(map(repr, missing))}"
         f"; looked for 'chosen' and 'rejected' (optional: 'prompt'), found {listed(found)}{hint}"
@@ -184,7 +186,7 @@ def read_csv(path: Path, label: str) -> Iterator[Row]:
             except StopIteration:
                 return
             except csv.Error as error:
-                remedy = 'inside quotes write a quote as ""'
+                remedy = 'close every quote; inside quotes write a quote as ""'
                 raise DataError(f"{label} line {first_line}: is not CSV ({error}); {remedy}") from None
             if not cells:
                 continue
@@ -195,11 +197,9 @@ def read_csv(path: Path, label: str) -> Iterator[Row]:
                 continue
             where = f"line {first_line}"
             if len(cells) != len(header):
+                remedy = _QUOTE_CELLS if len(cells) > len(header) else "add the cells that are missing"
                 yield Row(
-                    index,
-                    where,
-                    None,
-                    f"has {len(cells)} columns, the header has {len(header)}; quote cells with commas",
+                    index, where, None, f"has {len(cells)} columns, the header has {len(header)}; {remedy}"
                 )
             else:
                 yield Row(index, where, dict(zip(header, cells, strict=True)))
@@ -247,7 +247,7 @@ def batch_rows(batch: Any) -> Iterator[dict[str, Any] | str]:
             try:
                 yield batch.slice(i, 1).to_pylist()[0]
             except UnicodeDecodeError as error:
-                yield f"holds byte 0x{error.object[error.start]:02x}, which is not UTF-8"
+                yield f"holds byte 0x{error.object[error.start]:02x}, which is not UTF-8; write the column anew"
 
 
 def row_of_table(values: dict[str, Any] | str, index: int, names: Sequence[str]) -> Row:

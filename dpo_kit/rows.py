@@ -31,6 +31,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dpo_kit import charset
 from dpo_kit.errors import DataError
 from dpo_kit.hub import cache_only_when_unreachable
 from dpo_kit.readers import (
@@ -73,6 +74,16 @@ class Source:
     total: int | None
     """Number of rows where it is known ahead."""
     read: Callable[[], Iterator[Row]]
+    path: Path | None = None
+    """The text file, where the rows are from one."""
+
+
+def utf8_remedy(source: Source) -> str:
+    """What to do about a source in which some text is not UTF-8; nothing where that is no text file."""
+    if source.path is None:
+        return ""
+    with opened(source.path) as file:
+        return charset.remedy(file, source.path.name)
 
 
 def open_source(path: str, *, name: str | None = None, split: str = "train", section: str) -> Source:
@@ -108,7 +119,10 @@ def open_source(path: str, *, name: str | None = None, split: str = "train", sec
 
 def _check_local_options(name: str | None, split: str, section: str) -> None:
     if name:
-        raise DataError(f"{section}.name = {name!r} is for hub datasets; a local file has no configurations")
+        raise DataError(
+            f"{section}.name = {name!r} is for hub datasets; a local file has no configurations: "
+            f"use {section}.name=null"
+        )
     if not re.fullmatch(r"[A-Za-z_][\w.-]*", split):
         raise DataError(
             f"{section}.split = {split!r}: a local file is one split; leave split out, or take the first rows "
@@ -153,14 +167,15 @@ def _open_file(path: Path) -> Source:
             raise DataError(f"{label} is empty: it has no rows")
         return Source(label, digest, total, lambda: read_parquet(path, label))
     if suffix == ".csv":
-        return Source(label, digest, None, lambda: read_csv(path, label))
+        return Source(label, digest, None, lambda: read_csv(path, label), path)
     if suffix == ".json" and _first_letter(path) == b"[":
-        return Source(label, digest, None, lambda: read_json_list(path, label))
+        return Source(label, digest, None, lambda: read_json_list(path, label), path)
     if suffix == ".json":
         _check_object_line(path, label)
     elif _first_letter(path) == b"[":
-        raise DataError(f"{label} line 1: holds a list, not one object a line; name the file .json")
-    return Source(label, digest, num_lines, lambda: read_jsonl(path))
+        name = re.sub(r"(?i)\.jsonl", ".json", path.name)
+        raise DataError(f"{label} line 1: holds a list, not one object a line; name the file {name}")
+    return Source(label, digest, num_lines, lambda: read_jsonl(path), path)
 
 
 def _hash_content(path: Path) -> tuple[str, int]:
@@ -169,10 +184,9 @@ def _hash_content(path: Path) -> tuple[str, int]:
     blank = True
     with opened(path) as file:
         while block := file.read(_BLOCK):
-            if size == 0 and block[:2] in (b"\xff\xfe", b"\xfe\xff") and format_of(path) != ".parquet":
-                width = 32 if block[:4] == b"\xff\xfe\0\0" else 16
+            if size == 0 and format_of(path) != ".parquet" and (codec := charset.wide_codec(block)):
                 raise DataError(
-                    f"{path} line 1: is UTF-{width}; save it as UTF-8 (iconv -f utf-{width} -t utf-8 OLD > NEW)"
+                    f"{path} line 1: is {codec.upper()}; save it as UTF-8 ({charset.command(codec, path.name)})"
                 )
             digest.update(block)
             num_lines += block.count(b"\n")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dpo_kit import config
-from dpo_kit.config import schema
+from dpo_kit.config import elsewhere, schema
 from dpo_kit.errors import ConfigError
 
 DATA = Path(__file__).parent / "data"
@@ -142,7 +142,24 @@ MISTAKES = {
     "actor.beta=0": "actor.beta = 0 is out of range; give a number greater than 0 (typically 0.05 to 0.5)",
     "actor.loss_type=IPO": "actor.loss_type = 'IPO' is not one of sigmoid, ipo, hinge, robust, "
     "sigmoid_norm; did you mean ipo?",
-    "actor.dtype=fp16": "actor.dtype = 'fp16' is not one of bfloat16, float32, float64",
+    "actor.loss_type=dpo": "is not one of sigmoid, ipo, hinge, robust, sigmoid_norm; did you mean sigmoid?",
+    "actor.loss_type=cDPO": "; that is sigmoid with actor.label_smoothing",
+    "actor.loss_type=robust-DPO": "; did you mean robust?",
+    "actor.loss_type=rdpo": "; did you mean robust?",
+    "actor.loss_type=SLiC": "; did you mean hinge?",
+    "actor.loss_type=SimPO": "is not one of sigmoid, ipo, hinge, robust, sigmoid_norm; simpo is not built here",
+    "actor.loss_type=kto_pair": "; kto_pair is not built here",
+    "actor.dtype=fp16": "actor.dtype = 'fp16' is not one of bfloat16, float32, float64; it would need loss scal",
+    "actor.dtype=bf16": "; did you mean bfloat16?",
+    "actor.dtype=torch.float32": "; did you mean float32?",
+    "actor.dtype=double": "; did you mean float64?",
+    "actor.optimizer.lr_scheduler_type=polynomial": "; polynomial is not built here",
+    "actor.optimizer.lr_scheduler_type=constant_with_warmup": "; warm-up is actor.optimizer.warmup_steps_prop",
+    "actor.optimizer.type=adamw_torch": "; did you mean adam?",
+    "actor.optimizer.type=sgd": "; sgd is not built here",
+    "model_name_or_path=x": "model_name_or_path is not a known key; did you mean actor.path?",
+    "actor.lr_scheduler=linear": "did you mean actor.optimizer.lr_scheduler_type?",
+    "train_dataset.dataset_name=x": "did you mean train_dataset.path?",
     "actor.label_smoothing=0.5": "actor.label_smoothing = 0.5 is out of range; give a number at least 0",
     "actor.optimizer.lr=-1": "actor.optimizer.lr = -1 is out of range; give a number at least 0",
     "actor.optimizer.warmup_steps_proportion=1.1": "give a number at least 0 and at most 1",
@@ -155,6 +172,7 @@ MISTAKES = {
     "cluster.n_nodes=2": "cluster.n_nodes = 2 needs more than one machine",
     "cluster.n_gpus_per_node=all": "give a whole number at least 0 or auto (0 means CPU ranks)",
     "cluster.fileroot=": "cluster.fileroot = '' is empty; give a text",
+    "train_dataset.path=~": "is empty (null, ~ and None mean nothing); give a text (the home folder is ~/)",
     "recover.mode=fault": "recover.mode = 'fault' is not one of disabled, auto (off reads as disabled",
     "actor.is_critic=true": "actor.is_critic = true is not possible: DPO trains a policy and has no critic",
     "actor.init_from_scratch=true": "actor.init_from_scratch = true is not possible",
@@ -203,7 +221,7 @@ def test_all_problems_of_a_file_are_shown_together(tmp_path):
 
 
 def test_a_wrong_field_that_another_refers_to_is_reported_once():
-    assert problems(["actor.dtype=fp16"]) == ["actor.dtype = 'fp16' is not one of bfloat16, float32, float64"]
+    assert problems(["actor.dtype=int3"]) == ["actor.dtype = 'int3' is not one of bfloat16, float32, float64"]
     assert len(problems(["actor.backend=fsdp:x"])) == 1
     assert len(problems(["actor.path=${oc.env:DPO_KIT_NO_SUCH_VARIABLE}"])) == 1
 
@@ -318,7 +336,7 @@ def test_harmless_names_are_taken():
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("5e-6", 5e-6), (" 5E-6", 5e-6), (".5", 0.5), ("1", 1.0), ("1_0.5", 10.5), ("${actor.beta}", 0.1)],
+    [("5e-6", 5e-6), (" 5E-6", 5e-6), (".5", 0.5), ("1", 1.0), ("-.0", 0.0), ("${actor.beta}", 0.1)],
 )
 def test_text_that_spells_a_number_is_a_number(text, value):
     lr = small(actor={"path": "tiny-random", "optimizer": {"lr": text}}).actor.optimizer.lr
@@ -428,7 +446,7 @@ def test_recover_mode_takes_no_number_for_a_boolean(given):
 
 
 @pytest.mark.parametrize(
-    "name", ["001", "no", "1:30", "1e3", "true", "~", "[1]", "2024-01-01", "0x1f", "'q'"]
+    "name", ["001", "no", "1:30", "1e3", "true", "none", "[1]", "2024-01-01", "0x1f", "'q'"]
 )
 def test_an_override_of_a_text_field_is_literal(name):
     assert small(f"trial_name={name}").trial_name == name
@@ -477,3 +495,20 @@ def test_the_given_tree_is_not_changed():
         "ref": {"path": "x"},
         "train_dataset": {"path": "sample"},
     }
+
+
+def test_names_from_elsewhere_lead_to_what_there_is():
+    names = config.field_names()
+    for known, key in elsewhere.KEYS.items():
+        assert schema.lookup(key), key
+        assert known not in {name.rpartition(".")[2] for name in names}
+    for field in (
+        "actor.loss_type",
+        "actor.dtype",
+        "actor.optimizer.lr_scheduler_type",
+        "actor.optimizer.type",
+    ):
+        rule = schema.lookup(field)[1]
+        for known, told in rule["elsewhere"].items():
+            assert known not in rule["choices"]
+            assert told in rule["choices"] or " " in told

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -144,8 +145,13 @@ def test_overrides_may_be_a_single_one():
         ({"actr": {}}, "actr is not a parameter of this notebook; did you mean actor?"),
         (
             {"actor.beta": 1},
-            "actor.beta is not a parameter of this notebook; give actor.beta=... in overrides",
+            "actor.beta is not a parameter of this notebook, dotted names go into overrides; "
+            """give -p beta 1 or -p overrides "['actor.beta=1']\"""",
         ),
+        ({"actor.bta": 1}, "did you mean actor.beta in overrides?"),
+        ({"max-steps": 1}, "max-steps is not a parameter of this notebook; did you mean max_steps?"),
+        ({"epochs": 1}, "epochs is not a parameter of this notebook; did you mean total_train_epochs?"),
+        ({"warmup_ratio": 1}, "did you mean actor.optimizer.warmup_steps_proportion in overrides?"),
         ({"zzzz": 1}, "zzzz is not a parameter of this notebook; parameters: config, beta, loss_type, lr, "),
         ({"beta": "strong"}, "actor.beta = 'strong' is text; give a number greater than 0"),
         ({"beta": float("nan")}, "actor.beta = nan is not a finite number"),
@@ -167,6 +173,16 @@ def test_a_wrong_parameter_is_one_line(parameters, message):
     found = refused(**parameters)
     assert len(found) == 1
     assert message in found[0]
+
+
+def test_the_way_that_is_shown_for_dotted_names_works():
+    dotted = {"saver.best": True, "ref.path": "it's", "train_dataset.name": "${actor.path}", "actor.beta": 3}
+    (line,) = refused(**dotted)
+    assert line.startswith("saver.best, ref.path, train_dataset.name, actor.beta are not parameters of this ")
+    *short, option, name, value = shlex.split(line.rpartition("; give ")[2])
+    assert (short, option, name) == (["-p", "beta", "3", "or"], "-p", "overrides")
+    c, _ = notebook(overrides=value, evaluator={"num_samples": 0})
+    assert (c.saver.best, c.ref.path, c.train_dataset.name, c.actor.beta) == (True, "it's", c.actor.path, 3.0)
 
 
 def test_wrong_values_from_every_place_are_shown_together():

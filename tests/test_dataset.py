@@ -304,7 +304,7 @@ def test_max_dropped_share_stops_the_build_and_a_reuse(tmp_path, configure):
     rows = [raw("a", "yes", "yes"), raw("a", "yes", "no"), raw("b", "yes", "no")]
     path = write_rows(tmp_path / "a.jsonl", rows)
     message = (
-        r"train_dataset\.max_dropped_share = 0\.3, but 1 of 3 rows \(33\.3 %\) .* \(1 identical\); raise "
+        r"train_dataset\.max_dropped_share = 0\.3, but 1 of 3 rows \(33\.3 %\) .* \(1 identical\); chosen and"
     )
     with pytest.raises(DataError, match=message):
         dataset.build(configure(path, max_dropped_share=0.3))
@@ -599,7 +599,7 @@ def test_a_file_of_unusable_rows_is_an_error_in_quarantine_too(tmp_path, configu
     path = write_rows(tmp_path / "a.jsonl", [{"chosen": None, "rejected": "b"}] * 3)
     with pytest.raises(
         DataError,
-        match=r"all 3 rows were dropped \(3 unusable\); the first: line 1: column \'chosen\' is null",
+        match=r"all 3 rows are bad, so it is the file that needs mending; line 1: column \'chosen\' is null",
     ):
         dataset.build(configure(path, bad_rows="quarantine"))
 

@@ -60,6 +60,46 @@ def test_a_name_that_papermill_injected_and_nobody_knows_is_found(project):
         notebook.begin(cells)
 
 
+def test_a_dotted_name_that_papermill_injects_is_refused_in_words(tmp_path):
+    papermill = pytest.importorskip("papermill")
+    told = (
+        "ConfigError: actor.beta is not a parameter of this notebook, dotted names go into overrides; "
+        """give -p beta 0.3 or -p overrides "['actor.beta=0.3']\""""
+    )
+    with pytest.raises(papermill.PapermillExecutionError) as caught:
+        papermill.execute_notebook(
+            "notebooks/train.ipynb",
+            str(tmp_path / "out.ipynb"),
+            {"actor.beta": 0.3, "seed": 3},
+            progress_bar=False,
+        )
+    assert str(caught.value).rstrip().endswith(told)
+    assert "AttributeError" not in str(caught.value)
+
+
+def test_names_that_are_none_of_python_are_refused_and_other_cells_are_left_alone():
+    refuse = notebook._refuse_names
+    with pytest.raises(
+        ConfigError, match="max-steps is not a parameter of this notebook; did you mean max_steps"
+    ):
+        refuse(["# Parameters\n", "beta = 0.1\n", "max-steps = 3\n"])
+    with pytest.raises(ConfigError, match=r"saver, actor|saver\.best, actor\.path are not"):
+        refuse(["# Parameters\n", "saver.best = True\n", 'actor.path = "x = y"\n'])
+    for lines in (
+        [
+            "# Parameters\n",
+            "beta = 0.1\n",
+            'overrides = ["a.b = 1"]\n',
+            "actor = {\n",
+            '    "a.b": "x = 1",\n',
+            "}\n",
+        ],
+        ["run.name = 3\n"],
+        [],
+    ):
+        assert refuse(lines) is lines
+
+
 def test_a_misspelt_name_in_the_cell_itself_is_found(project):
     with pytest.raises(ConfigError, match="did you mean beta"):
         notebook.begin(namespace(CELL.replace("beta = None", "betta = 0.1")))

@@ -68,6 +68,14 @@ def test_the_parameters_cell_holds_the_contract(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_papermill_reads_every_parameter_of_the_cell(name):
+    """Else it warns of an unknown parameter for each that it cannot read, e.g. for a comment behind a value."""
+    papermill = pytest.importorskip("papermill")
+    found = papermill.inspect_notebook(str(record_notebooks.NOTEBOOKS / f"{name}.ipynb"))
+    assert set(found) == set(assigned(tagged(read(record_notebooks.NOTEBOOKS, name), "parameters")[0].source))
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_recordings_have_the_notebooks_cells(name):
     ours, recorded = read(record_notebooks.NOTEBOOKS, name), read(record_notebooks.RECORDINGS, name)
     told = "re-record with: python -m tests.record_notebooks"

@@ -222,7 +222,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     ),
     "semicolons.csv": (
         csv_text("chosen;rejected", "a;b"),
-        "found 'chosen;rejected'; columns are separated by commas",
+        "found 'chosen;rejected'; separate columns by commas, and put cells",
     ),
     "unknown.jsonl": (
         jsonl({"question": "a", "better": "b"}),
@@ -285,7 +285,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     ),
     "latin1.jsonl": (
         jsonl(PAIR, '{"chosen": "caf\u00e9", "rejected": "b"}'.encode("latin-1")),
-        r"latin1.jsonl line 2: column 'chosen' holds byte 0xe9 at character 3, which is not UTF-8; convert .* iconv",
+        r"latin1.jsonl line 2: column 'chosen' holds byte 0xe9 at character 3, which is not UTF-8; as Western .* iconv",
     ),
     "latin1.json": (
         '[{"chosen": "caf\u00e9", "rejected": "b"}]'.encode("latin-1"),

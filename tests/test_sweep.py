@@ -134,6 +134,13 @@ def test_wrong_combinations_are_told_at_once_and_start_nothing(base):
     assert len(caught.value.problems) == len(set(caught.value.problems))
 
 
+def test_a_loss_that_is_known_by_another_name_is_told_ours(base):
+    with pytest.raises(
+        ConfigError, match=r"actor.loss_type = 'dpo' is not one of .*; did you mean sigmoid\?"
+    ):
+        sweep.expand(base, sweep.axes(loss_types="[dpo]"))
+
+
 def test_run_makes_all_runs_in_order(base, started, capsys):
     trials = sweep.expand(base, sweep.axes(betas=[0.05, 0.1]))
     sweep.Sweep(trials).run()

@@ -44,6 +44,12 @@ def test_without_lists_the_configuration_is_picked(base):  # noqa: F811
     assert panel.picked["loss_types"] == [base.actor.loss_type]
 
 
+def test_a_loss_that_is_known_by_another_name_is_told_ours(base):  # noqa: F811
+    panel = widgets.sweep_panel(base, loss_types="dpo")
+    assert "did you mean sigmoid?" in panel.message.value
+    assert panel.start.disabled
+
+
 def test_toggles_change_the_plan(panel):
     toggle(panel.loss_types, "sigmoid").value = True
     assert "4 runs" in panel.message.value

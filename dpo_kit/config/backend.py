@@ -51,6 +51,10 @@ def parse_backend(text: str) -> Backend:
     for letter, number in re.findall(r"([dpt])([0-9]+)", sizes):
         if letter in found:
             raise ConfigError([f"backend {text!r}: {letter} is given twice; {form}"])
+        if number != str(int(number)):
+            raise ConfigError(
+                [f"backend {text!r}: {letter} = {number} has a leading zero; write {letter}{int(number)}"]
+            )
         if int(number) < 1:
             raise ConfigError([f"backend {text!r}: {letter} = {number} leaves no rank; {form}"])
         found[letter] = int(number)

@@ -16,7 +16,8 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 from dpo_kit.config import schema
-from dpo_kit.config.values import nearest, show
+from dpo_kit.config.hints import nearest
+from dpo_kit.config.values import show
 
 
 @dataclass

@@ -21,9 +21,10 @@ from dpo_kit.config import schema
 from dpo_kit.config.checks import contradictions
 from dpo_kit.config.overrides import apply_overrides
 from dpo_kit.config.paths import BUILTIN_NAMES, find_path, project_root, resolve_path
+from dpo_kit.config.scalars import is_empty, parse_yaml
 from dpo_kit.config.schema import Config
-from dpo_kit.config.tree import check_tree, is_empty, plain_tree
-from dpo_kit.config.values import parse_yaml, show
+from dpo_kit.config.tree import check_tree, plain_tree
+from dpo_kit.config.values import show
 from dpo_kit.errors import ConfigError
 
 
@@ -57,8 +58,8 @@ def from_tree(
 ) -> Config:
     """Build a configuration from the keys of a params file.
 
-    An empty top-level value (None, "", {}, [], "null") is the same as a key left out, because a notebook
-    parameter cannot say it otherwise.
+    An empty top-level value (`scalars.is_empty`) is the same as a key left out, because a notebook parameter
+    cannot say it otherwise.
 
     Args:
         tree: the keys as YAML or papermill read them, or `to_tree(config)`. Not changed.

@@ -12,7 +12,9 @@ from typing import Any, get_args
 import yaml
 
 from dpo_kit.config import schema
-from dpo_kit.config.values import parse_scalar, parse_yaml, show, unknown_key
+from dpo_kit.config.hints import unknown_key
+from dpo_kit.config.scalars import is_null, parse_scalar, parse_yaml
+from dpo_kit.config.values import show
 
 FORM = "write key=value with the dotted key, e.g. actor.beta=0.2"
 
@@ -20,8 +22,9 @@ FORM = "write key=value with the dotted key, e.g. actor.beta=0.2"
 def apply_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> list[str]:
     """Set each override in the tree, in order, and return the problems, one line each.
 
-    A value for a text field is taken literally, without YAML (`trial_name=no` stays `no`), except `null`
-    and `${...}`. Any other value is read as YAML. A mapping is merged into the section that it is for.
+    A value for a text field is taken literally, without YAML (`trial_name=no` stays `no`), except what means
+    nothing (`null`, `~`, `None`) and `${...}`. Any other value is read as YAML. A mapping is merged into the
+    section that it is for.
 
     Args:
         tree: plain dicts and values; changed in place.
@@ -52,13 +55,15 @@ def parse_override(text: str) -> tuple[str, Any]:
     hint = _hint(name)
     if hint is None or "${" in value or set(get_args(hint) or (hint,)) - {NoneType} == {str}:
         return name, (value if hint is not None or "${" in value else parse_scalar(value))
+    if is_null(value):
+        return name, None
     try:
         parsed = parse_yaml(value)
     except (yaml.YAMLError, ValueError) as error:
         problem = getattr(error, "problem", None) or error
         raise ValueError(f"{name} = {show(value)} cannot be read: {problem}") from None
     if schema.section_type(hint) and not isinstance(parsed, dict | NoneType):
-        raise ValueError(f"{name} = {show(value)} is not a section; give {name}.key=value")
+        raise ValueError(f"{name} = {show(value)} is not a section; give {name}.key=value, or null")
     return name, parsed
 
 

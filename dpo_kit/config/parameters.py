@@ -10,17 +10,20 @@ Deliberately not here: how a notebook collects its variables (`dpo_kit.notebook`
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from dpo_kit.config import schema
+from dpo_kit.config.hints import known_key, nearest
 from dpo_kit.config.load import configure, read_params, warn_ignored
 from dpo_kit.config.overrides import parse_override, set_dotted
 from dpo_kit.config.paths import project_root
+from dpo_kit.config.scalars import is_empty, parse_scalar
 from dpo_kit.config.schema import Config
-from dpo_kit.config.tree import is_empty, plain_tree
-from dpo_kit.config.values import nearest, parse_scalar, show
+from dpo_kit.config.tree import plain_tree
+from dpo_kit.config.values import show
 from dpo_kit.errors import ConfigError
 
 DEFAULT_PARAMS = "params/demo.yaml"
@@ -33,8 +36,6 @@ SHORT_NAMES = {
     "seed": "seed",
 }
 
-_SYNONYMS = {"learning_rate": "lr", "steps": "max_steps", "total_steps": "max_steps", "override": "overrides"}
-
 
 def parameter_names() -> list[str]:
     """Every name that the parameters cell of a notebook may hold."""
@@ -46,7 +47,8 @@ def from_notebook(
 ) -> tuple[Config, list[str]]:
     """The configuration that a notebook's parameters mean.
 
-    None, "", {}, [] and the text `null` say nothing: the value is the file's.
+    What says nothing (`scalars.is_empty`) is as in the file. Where `actor` is given there is no file, and it is
+    left out.
 
     Args:
         parameters: names and values, as papermill injected or a person wrote them.
@@ -61,7 +63,7 @@ def from_notebook(
             wrong with the configuration itself.
     """
     root = Path(root) if root is not None else project_root()
-    problems = _unknown_names(parameters, extra)
+    problems = unknown_names(parameters, extra)
     given = {
         k: v
         for k, v in parameters.items()
@@ -81,7 +83,10 @@ def from_notebook(
     )
     origin: dict[str, str] = {}
     if "actor" in given:
-        base = f"the parameters ({', '.join(sections)}); sections left out take the package defaults"
+        left_out = [name for name in schema.section_fields(Config) if name not in given]
+        base = f"the parameters ({', '.join(sections)})"
+        if left_out:
+            base += f"; left out, so the package defaults hold: {', '.join(left_out)}"
         tree = sections
     else:
         base = str(given.get("config", DEFAULT_PARAMS))
@@ -112,21 +117,41 @@ def _configure(
         raise ConfigError([*error.problems, remark]) from None
 
 
-def _unknown_names(parameters: Mapping[str, Any], extra: Collection[str]) -> list[str]:
+def unknown_names(parameters: Mapping[str, Any], extra: Collection[str] = ()) -> list[str]:
+    """One line for each name that no parameters cell holds, with the way to what was meant."""
     names = [*parameter_names(), *extra]
-    problems = []
-    for name in parameters:
-        if name in names or name in schema.FOREIGN[""] or str(name).startswith("PAPERMILL_"):
-            continue
-        near = _SYNONYMS.get(str(name)) or nearest(str(name), names)
-        if schema.lookup(str(name)):
-            hint = f"give {name}=... in overrides"
-        elif near:
-            hint = f"did you mean {near}?"
-        else:
-            hint = f"parameters: {', '.join(names)}"
-        problems.append(f"{name} is not a parameter of this notebook; {hint}")
-    return problems
+    unknown = {
+        str(name): value
+        for name, value in parameters.items()
+        if name not in names and name not in schema.FOREIGN[""] and not str(name).startswith("PAPERMILL_")
+    }
+    dotted = {name: value for name, value in unknown.items() if schema.lookup(name)}
+    problems = [f"{name} is not a parameter of this notebook; {_meant(name, names)}"
+                for name in unknown if name not in dotted]  # fmt: skip
+    return [*problems, _into_overrides(dotted)] if dotted else problems
+
+
+def _meant(name: str, names: list[str]) -> str:
+    """The hint for a name that is neither a parameter nor a dotted key."""
+    if "." in name:
+        near = nearest(name, schema.field_names())
+        return f"did you mean {near} in overrides?" if near else "dotted names go into overrides"
+    key = known_key(name)
+    short = {dotted: short for short, dotted in SHORT_NAMES.items()}
+    near = short.get(key, key) if key else nearest(name, names)
+    if near and near not in names:
+        return f"did you mean {near} in overrides?"
+    return f"did you mean {near}?" if near else f"parameters: {', '.join(names)}"
+
+
+def _into_overrides(dotted: Mapping[str, Any]) -> str:
+    """How to give dotted keys, which are no parameters, ready to be copied."""
+    spelled = {name: value if isinstance(value, str) else show(value) for name, value in dotted.items()}
+    short = [f"-p {s} {shlex.quote(spelled[d])}" for s, d in SHORT_NAMES.items() if d in spelled]
+    text = str([f"{name}={value}" for name, value in spelled.items()])
+    ways = [*short, "-p overrides " + (shlex.quote(text) if set(text) & set('"$`\\') else f'"{text}"')]
+    what = "is not a parameter" if len(dotted) == 1 else "are not parameters"
+    return f"{', '.join(dotted)} {what} of this notebook, dotted names go into overrides; give {' or '.join(ways)}"
 
 
 def _overrides(value: Any, problems: list[str]) -> list[tuple[str, Any]]:

@@ -15,6 +15,8 @@ from typing import Any, get_args, get_type_hints
 
 from omegaconf import MISSING
 
+from dpo_kit.config import elsewhere
+
 LOSS_TYPES = ("sigmoid", "ipo", "hinge", "robust", "sigmoid_norm")
 SMOOTHED_LOSS_TYPES = ("sigmoid", "robust")  # the losses in which label_smoothing has a meaning
 DTYPES = ("bfloat16", "float32", "float64")
@@ -26,9 +28,9 @@ def rule(default: Any, **allowed: Any) -> Any:
     Args:
         default: the default value; `MISSING` makes the field required.
         **allowed: `ge`, `gt`, `le`, `lt` bounds; `choices` a tuple of strings; `alias` other spellings and
-            what they mean; `words` strings that a numeric field takes as well; `blank` whether an empty text
-            means null (True) or is an error (False); `why` a remark for the error; `missing` the remedy where
-            a required field is not given.
+            what they mean; `elsewhere` names from other trainers, for the hint; `words` strings that a numeric
+            field takes as well; `blank` whether an empty text means null (True) or is an error (False); `why`
+            a remark for the error; `missing` the remedy where a required field is not given.
     """
     return field(default=default, metadata=allowed)
 
@@ -56,17 +58,26 @@ class MicroBatchSpec:
 
 @dataclass
 class OptimizerConfig:
-    type: str = rule("adam", choices=("adam",), alias={"adamw": "adam"}, why="adam is AdamW, as in the seed")
+    type: str = rule(
+        "adam",
+        choices=("adam",),
+        alias={"adamw": "adam"},
+        elsewhere=elsewhere.OPTIMIZERS,
+        why="adam is AdamW, as in the seed",
+    )
     lr: float = rule(5e-6, ge=0)
     weight_decay: float = rule(0.01, ge=0)
     beta1: float = rule(0.9, ge=0, lt=1)
     beta2: float = rule(0.999, ge=0, lt=1)
     eps: float = rule(1e-8, gt=0)
-    lr_scheduler_type: str = rule("cosine", choices=("cosine", "linear", "constant"))
+    lr_scheduler_type: str = rule(
+        "cosine", choices=("cosine", "linear", "constant"), elsewhere=elsewhere.SCHEDULES
+    )
     warmup_steps_proportion: float = rule(0.1, ge=0, le=1)
     min_lr_ratio: float = rule(0.1, ge=0, le=1)
     gradient_clipping: float = rule(10.0, gt=0)
-    state_dtype: str = rule("float32", choices=("float32", "bfloat16"))  # ours: bfloat16 halves Adam's memory
+    # Ours: bfloat16 halves Adam's memory.
+    state_dtype: str = rule("float32", choices=("float32", "bfloat16"), elsewhere=elsewhere.DTYPES)
 
 
 @dataclass
@@ -74,9 +85,9 @@ class ActorConfig:
     backend: str = "fsdp"
     path: str = rule(MISSING, missing="give a folder, a hub id, smollm2-135m-instruct or tiny-random")
     beta: float = rule(0.1, gt=0, why="typically 0.05 to 0.5")
-    loss_type: str = rule("sigmoid", choices=LOSS_TYPES)
+    loss_type: str = rule("sigmoid", choices=LOSS_TYPES, elsewhere=elsewhere.LOSS_TYPES)
     label_smoothing: float = rule(0.0, ge=0, lt=0.5)
-    dtype: str = rule("bfloat16", choices=DTYPES)
+    dtype: str = rule("bfloat16", choices=DTYPES, elsewhere=elsewhere.DTYPES)
     disable_dropout: bool = True
     gradient_checkpointing: bool | str = rule(True, words=("selective",))  # selective: keeps what is dear
     compile: bool = False  # ours: compile each block
@@ -96,7 +107,7 @@ class SchedulingStrategy:
 class RefConfig:
     backend: str = "${actor.backend}"
     path: str = "${actor.path}"
-    dtype: str = rule("${actor.dtype}", choices=DTYPES)
+    dtype: str = rule("${actor.dtype}", choices=DTYPES, elsewhere=elsewhere.DTYPES)
     optimizer: Any = None  # checked in `checks`: the reference is frozen
     scheduling_strategy: SchedulingStrategy = field(default_factory=SchedulingStrategy)
     logps: str = rule("cached", choices=("cached", "online"))  # ours

@@ -14,19 +14,14 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 
 from dpo_kit.config import schema
+from dpo_kit.config.hints import unknown_key
 from dpo_kit.config.interpolation import Resolved, resolve
+from dpo_kit.config.scalars import is_empty, is_null, parse_scalar
 from dpo_kit.config.schema import Config
-from dpo_kit.config.values import BadValue, coerce, native, parse_scalar, show, unknown_key
+from dpo_kit.config.values import BadValue, coerce, native, show
 from dpo_kit.errors import ConfigError
 
 MAX_NODES = 20_000  # a file of ours has about 100; YAML aliases can spell billions in ten lines
-
-
-def is_empty(value: Any) -> bool:
-    """Whether a notebook parameter or top-level key says nothing: None, "", {}, [] or the text `null`."""
-    if isinstance(value, str):
-        return value.strip() in ("", "null")
-    return value is None or (isinstance(value, Mapping | list | tuple) and len(value) == 0)
 
 
 def plain_tree(tree: Any, source: str, problems: list[str]) -> dict[str, Any]:
@@ -206,7 +201,7 @@ def _ignore(name: str, value: Any, walk: Walk) -> None:
     """A key of the seed's system: ignored, unless its value asks for something that is not done here."""
     fixed = schema.FOREIGN_FIXED.get(name)
     given = parse_scalar(value) if isinstance(value, str) else value
-    if fixed and given is not None and given is not fixed[0]:
+    if fixed and not is_null(given) and given is not fixed[0]:
         walk.wrong(
             name, f"{name} = {show(value)} is not possible: {fixed[1]}; use {show(fixed[0])} or leave it out"
         )

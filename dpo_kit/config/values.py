@@ -1,74 +1,26 @@
-"""One value at a time: what a string spells, whether it fits its field, and how an error says so.
+"""One value at a time: whether it fits its field, and how an error says so.
 
 Values arrive from YAML, from the shell and from papermill, which hands `5e-6`, `null` and `[1, 2]` over as
-strings. A string is therefore read as what it spells whenever its field is not text.
+strings. A string is therefore read as what it spells (`scalars`) whenever its field is not text.
 
 Deliberately not here: the tree, and anything that looks at two fields.
 """
 
 from __future__ import annotations
 
-import difflib
+import contextlib
 import math
 import os
-import re
-from collections.abc import Iterable
 from types import NoneType
 from typing import Any, get_args
 
-import yaml
-
-from dpo_kit.config import schema
+from dpo_kit.config import hints
+from dpo_kit.config.scalars import decimal, is_empty, is_null, parse_scalar, readings, underflows
 from dpo_kit.errors import ConfigError
-
-# What people write for a key that has another name here.
-SYNONYMS = {
-    "learning_rate": "actor.optimizer.lr",
-    "max_steps": "total_train_steps",
-    "num_train_epochs": "total_train_epochs",
-    "epochs": "total_train_epochs",
-    "model": "actor.path",
-    "model_path": "actor.path",
-    "dataset": "train_dataset",
-}
 
 
 class BadValue(ValueError):
     """One value that does not fit its field; the text follows `field = value`."""
-
-
-class Loader(yaml.SafeLoader):
-    """PyYAML's safe loader that keeps dates as text, as papermill does, and refuses a key given twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key_node, _ in node.value:
-            if isinstance(key_node, yaml.ScalarNode):
-                if key_node.value in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"the key {key_node.value!r} is given twice", key_node.start_mark
-                    )
-                seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
-
-
-Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-# YAML 1.1 wants `5.0e-6`; the files are read exactly as papermill reads them, and a numeric field then
-# reads the text that is left over.
-_EXPONENT = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+")
-_NOT_FINITE = frozenset(sign + word for sign in ("", "+", "-") for word in ("nan", "inf", "infinity"))
-
-
-def parse_yaml(text: str) -> Any:
-    """YAML text as plain Python values.
-
-    Raises:
-        yaml.YAMLError: the text is not YAML, or a mapping names a key twice.
-    """
-    return yaml.load(text, Loader=Loader)
 
 
 def show(value: Any) -> str:
@@ -103,31 +55,38 @@ def coerce(value: Any, hint: Any, rule: dict[str, Any], interpolated: bool = Fal
     """
     value = native(value)
     kinds = set(get_args(hint) or (hint,))
-    if value is None or value == "null":
+    if is_null(value):
         if NoneType in kinds or hint is Any:
             return None
-        raise BadValue(f"is empty; give {_allowed(kinds, rule)}")
+        home = " (the home folder is ~/)" if value == "~" and str in kinds else ""
+        raise BadValue(f"is empty (null, ~ and None mean nothing); give {_allowed(kinds, rule)}{home}")
     if hint is Any:
         return value
     if value == "" and NoneType in kinds and rule.get("blank", True):
         return None
-    kinds.discard(NoneType)
-    if kinds == {str}:
+    if kinds - {NoneType} == {str}:
         return _text(value, rule, interpolated)
     if "words" in rule and value in rule["words"]:
         return value
-    number = parse_scalar(value) if isinstance(value, str) else value
-    return _number(number, value, kinds, rule)
+    if not isinstance(value, str):
+        return _number(value, value, kinds, rule)
+    if bool not in kinds and decimal(value) is None:
+        _refuse_odd(value, kinds, rule)
+    return _number(parse_scalar(value), value, kinds, rule)
 
 
-def parse_scalar(text: str) -> Any:
-    """What a string spells in YAML; the string itself when it spells nothing else."""
-    if _EXPONENT.fullmatch(text.strip()) or text.strip().lower() in _NOT_FINITE:
-        return float(text)
-    try:
-        return parse_yaml(text)
-    except (yaml.YAMLError, ValueError):  # ValueError: a number of more digits than Python reads
-        return text
+def _refuse_odd(text: str, kinds: set[type], rule: dict[str, Any]) -> None:
+    """Raises for a text that somebody may take for a number and that is no plain decimal."""
+    if underflows(text):
+        raise BadValue(f"is so small that it would be read as 0; give {_allowed(kinds, rule)}")
+    fitting = []
+    for number in (found := readings(text)):
+        with contextlib.suppress(BadValue):
+            _number(number, text, kinds, rule)
+            fitting.append(repr(number))
+    if found:
+        told = f"write {' or '.join(fitting)}" if fitting else f"give {_allowed(kinds, rule)}"
+        raise BadValue(f"is no plain decimal number; {told}")
 
 
 def _text(value: Any, rule: dict[str, Any], interpolated: bool) -> str:
@@ -148,12 +107,8 @@ def _text(value: Any, rule: dict[str, Any], interpolated: bool) -> str:
         )
     choices = rule.get("choices")
     if choices and value not in choices:
-        near = nearest(value, [*choices, *(a for a in alias if isinstance(a, str))])
-        raise BadValue(
-            f"is not one of {', '.join(choices)}"
-            + (f" ({rule['why']})" if "why" in rule else "")
-            + (f"; did you mean {near}?" if near else "")
-        )
+        why = f" ({rule['why']})" if "why" in rule else ""
+        raise BadValue(f"is not one of {', '.join(choices)}{why}{hints.choice(value, rule)}")
     return value
 
 
@@ -199,7 +154,8 @@ def _kind(value: Any) -> str:
 
 def _allowed(kinds: set[type], rule: dict[str, Any]) -> str:
     """What a field takes, in words: `a number greater than 0 and less than 0.5`."""
-    kinds = kinds - {NoneType}
+    if NoneType in kinds:
+        return f"{_allowed(kinds - {NoneType}, rule)} or null"
     if "choices" in rule:
         return "one of " + ", ".join(rule["choices"])
     if kinds == {str}:
@@ -215,50 +171,21 @@ def _allowed(kinds: set[type], rule: dict[str, Any]) -> str:
     return text + (f" ({rule['why']})" if "why" in rule else "")
 
 
-def nearest(word: str, candidates: Iterable[str]) -> str | None:
-    """The candidate most like a word, upper and lower case alike; None when nothing is close."""
-    by_lower = {c.lower(): c for c in candidates}
-    found = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
-    return by_lower[found[0]] if found else None
-
-
-def unknown_key(name: str, siblings: Iterable[str]) -> str:
-    """The error line for a key that does not exist, naming the nearest one that does.
-
-    Args:
-        name: the dotted key as given.
-        siblings: the keys that its section knows.
-    """
-    section, _, leaf = name.rpartition(".")
-    siblings = list(siblings)
-    near = nearest(leaf, siblings)
-    elsewhere = [k for k in schema.field_names() if k.rpartition(".")[2] == leaf.lower()]
-    if near and (not elsewhere or difflib.SequenceMatcher(None, near, leaf).ratio() > 0.8):
-        best: str | None = f"{section}.{near}" if section else near
-    elif elsewhere:
-        best = elsewhere[0]
-    else:
-        best = SYNONYMS.get(leaf.lower()) or nearest(name, schema.field_names())
-    place = section or "the top level"
-    known = f"known keys of {place}: {', '.join(siblings)}"
-    return f"{name} is not a known key; " + (f"did you mean {best}?" if best else known)
-
-
 def read_list(name: str, value: Any, kind: type) -> list:
     """A notebook's list parameter (`betas`, `loss_types`, ...) as a list of numbers or texts.
 
     Args:
         name: the parameter, for the error.
-        value: a list, a single value, or a string that spells a YAML list or value; None is an empty list.
+        value: a list, a single value, or a string that spells a YAML list; what says nothing is an empty list.
         kind: `int`, `float` or `str`: the type of every element.
 
     Raises:
         ConfigError: an element is of another type.
     """
-    if isinstance(value, str) and (kind is not str or value.lstrip().startswith("[")):
-        value = parse_scalar(value)
-    if value is None or (isinstance(value, str) and not value.strip()):
+    if is_empty(value):
         return []
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = parse_scalar(value)
     items = list(value) if isinstance(value, list | tuple) else [value]
     out, problems = [], []
     for item in items:
