@@ -26,13 +26,13 @@ from dpo_kit import (
     builtin,
     card,
     engine,
+    export,
     halving,
     hangs,
     history,
     loading,
     manifest,
     memory,
-    model,
     packing,
     processes,
     records,
@@ -99,7 +99,7 @@ def _run(run_dir: Path, config: Config, world: World, recorder: Recorder, should
     def save(folder: Path, phase: str = "checkpoint") -> None:
         recorder.progress(phase)
         text = card.model_card(config, history.readable_metrics(run_dir)) if world.is_main else ""
-        model.export(
+        export.write(
             state.policy, folder, tokenizer, world, dtype=dtype, end_token_id=end_token_id, card=text
         )
 
