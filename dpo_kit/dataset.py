@@ -27,7 +27,6 @@ from typing import TYPE_CHECKING, Any
 from dpo_kit import builtin, room, tokens
 from dpo_kit.data_report import format_report, shared_prompts
 from dpo_kit.errors import DataError, UserError
-from dpo_kit.hub import cache_only_when_unreachable
 from dpo_kit.pairing import IDENTICAL, TOO_LONG, UNUSABLE, Progress, Selection, collect
 from dpo_kit.preferences import PairStore, open_store, write_store
 from dpo_kit.readers import show_text
@@ -144,10 +143,8 @@ def load_tokenizer(named: str) -> tuple[str, Any]:
         DataError: there is none.
     """
     folder = builtin.ensure(named)
-    is_local = Path(folder).expanduser().exists()
     try:
-        with contextlib.nullcontext() if is_local else cache_only_when_unreachable():
-            return folder, builtin.load_tokenizer(folder)
+        return folder, builtin.load_tokenizer(folder)
     except UserError:
         raise
     except Exception as error:  # transformers and the hub's client raise many kinds

@@ -22,22 +22,22 @@ from dpo_kit import (
     builtin,
     dataset,
     engine,
+    folders,
     inspection,
     launch,
     loading,
     measures,
-    model,
     parallel,
     preflight,
     prepare,
 )
 from dpo_kit.config import Config
 from dpo_kit.errors import UserError
-from dpo_kit.files import read_json
 from dpo_kit.findings import Finding
 from dpo_kit.losses import loss_at_reference
 from dpo_kit.pairing import UNUSABLE
 from dpo_kit.preferences import PairStore
+from dpo_kit.records import one_line
 
 ROWS = 96
 OVERFIT_PAIRS, OVERFIT_STEPS, OVERFIT_LR, LEARNED = 4, 8, 1e-4, 0.7
@@ -108,7 +108,7 @@ def _devices(config: Config, report: _Report) -> Config:
 
 def _model_config(config: Config) -> dict[str, Any]:
     try:
-        return read_json(model.snapshot(builtin.ensure(config.actor.path)) / "config.json", {})
+        return folders.read_config(folders.snapshot(builtin.ensure(config.actor.path)))
     except UserError:
         return {}
 
@@ -133,9 +133,9 @@ def _places(config: Config, report: _Report) -> bool:
             continue
         try:
             check(config)
-            if name == "models":
+            if name == "models":  # what is built in is made here: the sizes that follow are read from it
+                prepare.check_models(config)
                 prepare.check_tokenizers(config)
-                builtin.ensure(config.actor.path)  # on a new machine: the sizes that follow are read from it
         except UserError as error:
             report.add(name, str(error), "bad")
             usable = usable and not is_needed
@@ -164,6 +164,7 @@ def _data(config: Config, report: _Report, bad_rows: str) -> PairStore | None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             store = dataset.build(config)
+        prepare.check_lengths(config, {"train": store})
     except UserError as error:
         report.add("data", str(error), "bad")
         return None
@@ -213,6 +214,7 @@ def marked(store: PairStore, i: int, tokenizer: Any) -> str:
 def _training(config: Config, store: PairStore, report: _Report) -> None:
     on_cuda = bool(config.cluster.n_gpus_per_node)
     try:
+        prepare.check_values(config)
         with parallel.alone(cuda=on_cuda) as world:
             torch.manual_seed(config.seed)
             policy = loading.load_policy(config, world, store, None)
@@ -225,6 +227,8 @@ def _training(config: Config, store: PairStore, report: _Report) -> None:
             _steps(state, report)
     except UserError as error:
         report.add("training", str(error), "bad")
+    except Exception as error:  # this report is where it should be told, whatever it is
+        report.add("training", one_line(error), "bad")
 
 
 def _steps(state: engine.Engine, report: _Report) -> None:

@@ -26,7 +26,7 @@ from dpo_kit.config import Config
 from dpo_kit.errors import UserError
 from dpo_kit.findings import Finding
 from dpo_kit.losses import implicit_rewards, loss_at_reference, preference_loss
-from dpo_kit.measures import gaps_of, pair_records, sums_of
+from dpo_kit.measures import gaps_of, not_finite, pair_records, sums_of
 from dpo_kit.model import PairModel
 from dpo_kit.optimizer import LeanAdamW
 from dpo_kit.packing import MicroBatch, pack, pair_costs, plan_step, response_sums
@@ -345,7 +345,7 @@ def train(
         values = world.sum(sums).tolist()
         seconds = time.perf_counter() - start
         record = {"step": step, **names.means(values, "dpo"), "lr": lr, "grad_norm": float(norm)}
-        check_finite(record, engine.train.index[rows].tolist())
+        check_finite(engine, record, batches)
         if step == 1:
             check_first_step(engine, record, gaps)
         tokens = values[names.SUMS.index("data_tokens")]
@@ -389,20 +389,47 @@ class Hooks:
     checkpoint: Callable[[int, bool], None] = field(default=lambda *_: None)
 
 
-def check_finite(record: dict[str, Any], data_rows: Sequence[int] = ()) -> None:
-    """Raises UserError when the loss or the gradient norm of a step is not a finite number.
+def check_finite(engine: Engine, record: dict[str, Any], batches: Sequence[MicroBatch]) -> None:
+    """Raises UserError when the loss or the gradient norm of a step is not a finite number; a collective then.
 
     Args:
-        data_rows: rows of the data that the step was made of; the error carries them as `data_rows`.
+        batches: this rank's micro-batches of the step. The error carries the rows of the data at fault as `data_rows`.
     """
-    loss, norm = record["dpo/loss"], record["grad_norm"]
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        error = UserError(
-            f"step {record['step']}: loss {loss}, gradient norm {norm}; no weight was changed by this step. "
-            "Lower actor.optimizer.lr, or use actor.dtype=float32"
+    if math.isfinite(record["dpo/loss"]) and math.isfinite(record["grad_norm"]):
+        return
+    actor, ref = engine.config.actor, engine.config.ref
+    rows = _rows_at_fault(engine, batches)
+    error = UserError(
+        not_finite(
+            record,
+            sides=[side for side in ("policy", "reference") if rows[side]],
+            dtypes={"policy": actor.dtype, "reference": ref.dtype},
+            lr=actor.optimizer.lr,
         )
-        error.data_rows = tuple(data_rows)  # type: ignore[attr-defined]
-        raise error
+    )
+    at_fault = rows["policy"] | rows["reference"]
+    error.data_rows = tuple(sorted(at_fault or rows["all"]))  # type: ignore[attr-defined]
+    raise error
+
+
+@torch.no_grad()
+def _rows_at_fault(engine: Engine, batches: Sequence[MicroBatch]) -> dict[str, set[int]]:
+    """Rows of the data whose log-probs are not finite, under "policy" and "reference", and "all" of the step's."""
+    found: dict[str, set[int]] = {"policy": set(), "reference": set(), "all": set()}
+    for batch in batches:
+        counts = batch.weights > 0
+        sides = {
+            "policy": response_logps(engine.policy, batch),
+            "reference": reference_logps(engine, batch, engine.ref_train),
+            "all": (counts / 0.0, counts / 0.0),
+        }
+        for side, logps in sides.items():
+            broken = ~torch.isfinite(torch.stack(logps)).all(0) & counts
+            found[side] |= {row for row, is_so in zip(batch.sources, broken.tolist(), strict=True) if is_so}
+    shares: list[Any] = [found] * engine.world.size
+    if engine.world.size > 1:
+        dist.all_gather_object(shares, found)
+    return {side: set().union(*(share[side] for share in shares)) for side in found}
 
 
 def check_first_step(engine: Engine, record: dict[str, Any], gaps: Tensor) -> None:

@@ -15,12 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from dpo_kit import budget, builtin, dataset, memory, reference, room, schedule
+from dpo_kit import budget, builtin, dataset, folders, memory, reference, room, schedule
 from dpo_kit import config as config_module
 from dpo_kit.config import Config
 from dpo_kit.costs import Shape
 from dpo_kit.errors import UserError
-from dpo_kit.files import read_json
 from dpo_kit.packing import pair_costs, plan_step
 from dpo_kit.preferences import PairStore
 
@@ -105,11 +104,17 @@ def model_folder(path: str) -> Path:
 
 def _shape(path: str, folder: Path) -> Shape:
     try:
-        return Shape.of(read_json(folder / "config.json", {}))
+        return Shape.of(folders.config_in_effect(folder))
     except KeyError as error:
         raise UserError(
             f"actor.path = {path!r}: its config.json has no {error.args[0]}, so its size is not known;"
             " llama, qwen2, qwen3 and mistral models can be estimated"
+        ) from error
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(
+            f"actor.path = {path!r}: its config.json has a size that is none ({error})"
         ) from error
 
 
@@ -229,10 +234,8 @@ def _probed(
 
 def _missing_tokens(config: Config, train: PairStore, valid: PairStore | None) -> int:
     """Tokens of the pairs of the run that the reference's cache does not hold."""
-    from dpo_kit import model
-
     root = Path(config.cluster.fileroot)
-    mark = model.fingerprint(builtin.ensure(config.ref.path), root / ".cache" / "fingerprints.json")
+    mark = folders.fingerprint(builtin.ensure(config.ref.path), folders.known_hashes(root))
     share = config.actor.share_prompt
     cache = reference.cache_folder(root, mark, config.ref.dtype, "shared" if share else "unshared")
     missing = 0

@@ -1,8 +1,9 @@
 """One quick answer where the model hub cannot be reached.
 
 The hub's client tries each file six times with growing pauses, 24 s for a data set and 50 s for a tokenizer on a
-laptop without a network, and writes a line for each. Here the host is asked once for a connection; when none
-comes about, the client works from its local cache only.
+laptop without a network, and writes a line for each. Here the host is asked once for an answer, of whatever kind;
+when none comes, the client works from its local cache only. What it then loads has deadlines of its own
+(`HF_HUB_DOWNLOAD_TIMEOUT`: 10 s without a byte).
 
 Deliberately not here: downloading, and any choice between hub and local files.
 """
@@ -10,45 +11,61 @@ Deliberately not here: downloading, and any choice between hub and local files.
 from __future__ import annotations
 
 import contextlib
+import http.client
 import socket
+import ssl
 import sys
+import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 
 TIMEOUT_S = 3.0
+ANSWER_S = 10.0
 
 
 @contextlib.contextmanager
-def cache_only_when_unreachable() -> Iterator[None]:
-    """Inside, the hub's clients of this process use what they have cached, if the hub cannot be reached."""
+def cache_only_when_unreachable() -> Iterator[str]:
+    """Inside, the hub's clients of this process use what they have cached, if the hub cannot be reached.
+
+    Gives what to say then of something that is not there; empty where the hub is asked.
+    """
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE or reachable(constants.ENDPOINT):
-        yield
+        yield ""
         return
     modules = [constants, *(sys.modules[name] for name in ("datasets.config",) if name in sys.modules)]
     before = [module.HF_HUB_OFFLINE for module in modules]
     try:
         for module in modules:
             module.HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
-        yield
+        yield f"{constants.ENDPOINT} gives no answer, and its local cache does not hold it"
     finally:
         for module, value in zip(modules, before, strict=True):
             module.HF_HUB_OFFLINE = value  # type: ignore[attr-defined]
 
 
 def reachable(endpoint: str) -> bool:
-    """Whether a connection to the endpoint's host comes about within TIMEOUT_S.
+    """Whether the endpoint's host takes a connection within TIMEOUT_S, and its API says something within ANSWER_S.
 
-    Behind a proxy the host's name may mean nothing to this machine, so a proxy counts as reachable.
+    Behind a proxy the host's name may mean nothing to this machine: there the proxy is asked.
     """
-    if urllib.request.getproxies():
-        return True
-    url = urllib.parse.urlsplit(endpoint)
-    port = url.port or (80 if url.scheme == "http" else 443)
+    if not urllib.request.getproxies():
+        url = urllib.parse.urlsplit(endpoint)
+        port = url.port or (80 if url.scheme == "http" else 443)
+        try:
+            socket.create_connection((url.hostname or "", port), timeout=TIMEOUT_S).close()
+        except OSError:
+            return False
+    # Nothing is sent or believed, so no certificate matters.
+    unchecked = ssl.create_default_context()
+    unchecked.check_hostname, unchecked.verify_mode = False, ssl.CERT_NONE
     try:
-        with socket.create_connection((url.hostname or "", port), timeout=TIMEOUT_S):
-            return True
-    except OSError:
+        question = urllib.request.Request(f"{endpoint}/api/whoami-v2", method="HEAD")
+        urllib.request.urlopen(question, timeout=ANSWER_S, context=unchecked).close()
+    except urllib.error.HTTPError:
+        return True
+    except (OSError, ValueError, http.client.HTTPException):
         return False
+    return True

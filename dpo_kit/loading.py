@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from dpo_kit import builtin, engine, model, reference, schedule
+from dpo_kit import builtin, engine, folders, model, reference, schedule
 from dpo_kit.config import Config
 from dpo_kit.engine import FIRST_STEP_NATS, FIRST_STEP_NATS_PER_TOKEN_BF16, Engine
 from dpo_kit.parallel import DTYPES, World
@@ -72,8 +72,8 @@ def prepare_reference(state: Engine, fileroot: Path, train_rows: np.ndarray | No
     config, world = state.config, state.world
     marks = [""] * 2
     if world.is_main:
-        known = fileroot / ".cache" / "fingerprints.json"
-        marks = [model.fingerprint(builtin.ensure(p), known) for p in (config.actor.path, config.ref.path)]
+        known = folders.known_hashes(fileroot)
+        marks = [folders.fingerprint(builtin.ensure(p), known) for p in (config.actor.path, config.ref.path)]
     if world.size > 1:
         dist.broadcast_object_list(marks, 0)
     weights = dict(zip(("actor", "ref"), marks, strict=True))

@@ -120,3 +120,29 @@ def at_most(wins: int, tosses: int) -> float:
     if tosses > 1000:
         return 0.5 * math.erfc((tosses / 2 - wins - 0.5) / math.sqrt(tosses / 2))
     return sum(math.comb(tosses, k) for k in range(wins + 1)) / 2**tosses
+
+
+def not_finite(record: dict[str, Any], *, sides: list[str], dtypes: dict[str, str], lr: float) -> str:
+    """What to say of a step whose loss or gradient norm is not a finite number.
+
+    Args:
+        record: of the step.
+        sides: those of "policy" and "reference" whose log-probs are not finite.
+        dtypes: what each of the two computes in.
+        lr: the learning rate of the run.
+    """
+    step, norm = record["step"], record["grad_norm"]
+    told = f"step {step}: loss {record['dpo/loss']}, gradient norm {norm}"
+    low = [side for side in sides or ["policy"] if dtypes[side] == "bfloat16"]
+    names = {"policy": "actor.dtype", "reference": "ref.dtype"}
+    wider = " ".join(f"{names[side]}=float32" for side in low)
+    is_untrained = step == 1 or lr == 0
+    if not is_untrained and "reference" not in sides:
+        unchanged = "" if math.isfinite(norm) else "; no weight was changed by this step"
+        return f"{told}{unchanged}. Lower actor.optimizer.lr = {lr:g}{f', or use {wider}' if wider else ''}"
+    whose = f"log-probs of the {' and the '.join(sides)} are" if sides else "the gradient is"
+    when = " before any update, so the learning rate is not to blame" if is_untrained else ""
+    remedy = (
+        f"Use {wider}" if wider else "The model overflows on these rows: leave them out, or use another model"
+    )
+    return f"{told}: {whose} not finite{when}. {remedy}"

@@ -1,15 +1,15 @@
-"""The policy and the frozen reference: built empty, sharded, then filled from safetensors; and written back.
+"""The policy and the frozen reference: built empty, sharded, then filled from safetensors.
 
 Each rank reads the files itself, one tensor at a time (memory-mapped), and keeps its own rows, so that the
 host never holds a second copy of a large model. Only safetensors are read, remote code is never run.
 
-Not here: what the model computes on a micro-batch beyond calling it (`engine`), built-in names (`builtin`).
+Not here: what the model computes on a micro-batch beyond calling it (`engine`), built-in names (`builtin`), what lies
+in a folder (`folders`), writing one (`export`).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import contextlib
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -19,13 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dpo_kit import attention, blocks, commit
+from dpo_kit import attention, blocks, folders
 from dpo_kit.costs import Shape
 from dpo_kit.errors import UserError
-from dpo_kit.files import atomic_write, read_json
 from dpo_kit.logprobs import LogprobHead, logps_of_logits
 from dpo_kit.packing import MicroBatch
-from dpo_kit.parallel import World, add_masters, copy_into, full_tensor, masters, shard
+from dpo_kit.parallel import World, add_masters, copy_into, shard
 
 
 class PairModel(nn.Module):
@@ -35,18 +34,21 @@ class PairModel(nn.Module):
         lm: of transformers.
         packed: its attention is `attention.packed_attention`; else each text of a row (packed without sharing)
             is run as a padded row of its own, by the model's own attention.
+        source: where it was loaded from, and the small files that lie there (`folders.side_files`), for `export`.
     """
 
-    def __init__(self, lm: Any, packed: bool = True):
+    def __init__(
+        self, lm: Any, packed: bool = True, source: str = "", side_files: dict[str, bytes] | None = None
+    ):
         super().__init__()
-        self.lm, self.packed = lm, packed
+        self.lm, self.packed, self.source, self.side_files = lm, packed, source, side_files or {}
 
     @cached_property
     def shape(self) -> Shape | None:
         """The model's sizes; None of a family that calls them by other names."""
         try:
             return Shape.of(self.lm.config.to_dict())
-        except KeyError:
+        except (KeyError, ValueError):
             return None
 
     def forward(self, batch: MicroBatch) -> Tensor:
@@ -78,28 +80,6 @@ class PairModel(nn.Module):
         return logps_of_logits(logits.flatten(0, 1)[places[batch.predictors]], batch.targets)
 
 
-def snapshot(path: str) -> Path:
-    """The local folder of a model: a folder as it is, a hub id through the hub's cache.
-
-    Raises:
-        UserError: no such folder and the hub cannot be reached or does not know it.
-    """
-    if Path(path).is_dir():
-        return Path(path)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(
-            snapshot_download(path, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"])
-        )
-    except Exception as e:
-        cause = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise UserError(
-            f"actor.path = {path!r} is neither a local folder nor a model the hub gives ({cause}); "
-            "give a folder with config.json and *.safetensors, or the built-in smollm2-135m-instruct"
-        ) from e
-
-
 def why_unpacked(path: str, longest_tokens: int) -> str:
     """Why a model cannot be run on packed rows, in words; empty where it can.
 
@@ -107,7 +87,7 @@ def why_unpacked(path: str, longest_tokens: int) -> str:
         path: local folder or hub id.
         longest_tokens: longest text of the data.
     """
-    return attention.unsupported(_config(snapshot(path)), longest_tokens)
+    return attention.unsupported(_config(folders.snapshot(path)), longest_tokens)
 
 
 def load(
@@ -130,19 +110,26 @@ def load(
             `selective` keeps what is dear to run again.
         longest_tokens: longest text of the data; a model with a shorter attention window is not packed.
         compiled: compile each block.
+
+    Raises:
+        UserError: see `check`.
     """
-    folder = snapshot(path)
+    folder = folders.snapshot(path)
+    check(folder)
     config = _config(folder)
     # A float64 or frozen model is kept in the dtype it computes in; a trained one in fp32 at least.
     master = dtype if not trainable or dtype == torch.float64 else torch.float32
     packed = not attention.unsupported(config, longest_tokens)
     held = dtype if world.size == 1 else master
+    if packed and config.tie_word_embeddings and folders.has_own_head(folders.tensors(folder)):
+        config.tie_word_embeddings = False
     lm = _empty(config, held) if packed else _whole(folder, held)
     layers = list(getattr(getattr(lm, "model", None), "layers", []))
     blocks.recompute(layers, gradient_checkpointing if trainable else False)
     if compiled:
         blocks.compile_blocks(layers, dynamic=True)
-    model = PairModel(lm, packed).requires_grad_(trainable)
+    sides = folders.side_files(folder) if trainable and world.is_main else None
+    model = PairModel(lm, packed, path, sides).requires_grad_(trainable)
     if world.size > 1:
         shard(model, world, dtype)
     if packed:
@@ -164,10 +151,100 @@ def load(
     return model.train(trainable)
 
 
+def check(folder: Path) -> None:
+    """Refuses a folder that transformers would not load cleanly, by transformers' own word.
+
+    It loads the folder onto the meta device: names and shapes are compared, no weight is read.
+
+    Raises:
+        UserError: files that are damaged or missing, an unknown kind of model, weights that are missing, left over
+            or of another shape than config.json says.
+    """
+    from transformers import AutoModelForCausalLM
+
+    folders.read_config(folder)
+    held = folders.tensors(folder)
+    with quiet():
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                device_map={"": "meta"},
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+            )
+        except Exception as error:  # of any kind: a field of config.json may be anything
+            said = " ".join(f"{type(error).__name__}: {error}".split())
+            raise UserError(f"{folder}: transformers cannot load this model ({said[:300]})") from error
+    found: dict[str, Any] = loaded[1]
+    missing, left = found["missing_keys"], found["unexpected_keys"]
+    shapes = [
+        f"{name} is {tuple(is_)}{_in_file(held, name)}, by config.json {tuple(should)}"
+        for name, is_, should in sorted(found["mismatched_keys"])
+    ]
+    problems = [
+        *([f"weights are missing: {_some(missing)}"] if missing else []),
+        *([f"weights have no place in the model that config.json describes: {_some(left)}"] if left else []),
+        *shapes[:3],
+    ]
+    if missing and all(name.endswith("lm_head.weight") for name in missing):
+        problems[0] += " (where it is the embedding, config.json should say tie_word_embeddings: true)"
+    if problems:
+        raise UserError(f"{folder}: {'; '.join(problems)}; give the weights and the config.json of one model")
+
+
+def _some(names: set[str]) -> str:
+    shown = ", ".join(sorted(names)[:3])
+    return shown if len(names) <= 3 else f"{shown}, ... ({len(names)} in all)"
+
+
+def _in_file(held: dict[str, folders.Weight], name: str) -> str:
+    return f" in {held[name].file.name}" if name in held else ""
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' bars and its report, which say in twenty lines what an error says in one."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
 def _config(folder: Path) -> Any:
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+
+def text_config(folder: Path) -> Any:
+    """The configuration of the language model in a folder, transformers' defaults filled in."""
+    return _config(folder).get_text_config()
+
+
+def positions(config: Any) -> int | None:
+    """The longest text that a model can be given, tokens; None where it has no limit.
+
+    Args:
+        config: of transformers; with rope scaling the positions are those that it stretches to.
+    """
+    most = getattr(config, "max_position_embeddings", None)
+    if not most or getattr(config, "alibi", False):
+        return None
+    rope = getattr(config, "rope_parameters", None) or {}
+    for scaled in [rope, *(part for part in rope.values() if isinstance(part, dict))]:
+        if scaled.get("rope_type", "default") != "default":
+            original = scaled.get("original_max_position_embeddings") or config.max_position_embeddings
+            most = max(most, int(original * (scaled.get("factor") or 1)))
+    return most
 
 
 def _empty(config: Any, dtype: torch.dtype) -> Any:
@@ -188,10 +265,13 @@ def _whole(folder: Path, dtype: torch.dtype) -> Any:
     """A model as transformers loads it."""
     from transformers import AutoModelForCausalLM
 
-    weight_files(folder)
-    return AutoModelForCausalLM.from_pretrained(
+    lm: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, trust_remote_code=False, use_safetensors=True
     )
+    head = lm.get_output_embeddings()
+    if head is not None and head.weight is not lm.get_input_embeddings().weight:
+        lm.config.tie_word_embeddings = False  # whatever config.json says
+    return lm
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -199,138 +279,36 @@ def disable_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, in name order.
-
-    Raises:
-        UserError: there are none; pickled weights are named and refused.
-    """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        pickled = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt"))
-        found = (
-            f"only pickled weights ({', '.join(pickled)}), which can run code when loaded"
-            if pickled
-            else "none"
-        )
-        raise UserError(f"{folder}: needs *.safetensors weights, found {found}; convert with save_pretrained")
-    return files
-
-
-def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    from safetensors import safe_open
-
-    for file in weight_files(folder):
-        with safe_open(file, framework="pt") as f:
-            for name in f.keys():  # noqa: SIM118 - a safe_open handle is no mapping
-                yield name, f.get_tensor(name)
+        for name, value in vars(
+            module
+        ).items():  # those that hand it to a function: attention_dropout, layerdrop
+            if isinstance(value, float) and "drop" in name:
+                setattr(module, name, 0.0)
 
 
 @torch.no_grad()
 def _fill(model: PairModel, folder: Path) -> None:
+    """Reads the weights, after `check`: what has no place in the model is what transformers leaves out, too."""
+    from safetensors import safe_open
+
     params = dict(model.lm.named_parameters(remove_duplicate=True))
     missing = set(params)
-    for name, tensor in _tensors(folder):
-        if name in params:
-            if params[name].shape != tensor.shape:
-                raise UserError(
-                    f"{folder}: {name} is {tuple(tensor.shape)}, its config says {tuple(params[name].shape)}"
-                )
-            copy_into(params[name], tensor)
-            missing.discard(name)
-        elif name != "lm_head.weight":
-            raise UserError(f"{folder}: weight {name!r} has no place in the model its config.json describes")
-    if missing:
-        raise UserError(
-            f"{folder}: weights are missing: {', '.join(sorted(missing)[:3])} ({len(missing)} in all)"
-        )
+    for file in folders.weight_files(folder):
+        with safe_open(file, framework="pt") as f:
+            for name in f.keys():  # noqa: SIM118 - a safe_open handle is no mapping
+                if (place := _place(name, params)) is not None:
+                    copy_into(params[place], f.get_tensor(name))
+                    missing.discard(place)
+    assert not missing, f"weights that were not read: {sorted(missing)[:3]}"
     on_meta = [n for n, b in model.named_buffers() if b.is_meta]
     assert not on_meta, f"buffers without values: {on_meta}"
 
 
-def fingerprint(path: str, cache: Path | None = None) -> str:
-    """sha256 over the config and weight files: two folders with equal content have one fingerprint.
+def _place(name: str, params: dict[str, Any]) -> str | None:
+    """The parameter that a tensor of a file belongs to; None for what is left out.
 
-    Args:
-        cache: a JSON file that remembers file hashes by path, size and time, so that large files are read once.
+    Files may name the decoder without `model.` before it. Of a tied head and embedding there may be both or one.
     """
-    folder = snapshot(path)
-    known: dict[str, str] = read_json(cache, {}) if cache else {}
-    total = hashlib.sha256()
-    config = json.loads((folder / "config.json").read_text())
-    for key in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
-        config.pop(key, None)
-    total.update(json.dumps(config, sort_keys=True).encode())
-    for file in weight_files(folder):
-        stat = file.stat()
-        key = f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
-        if key not in known:
-            with file.open("rb") as f:
-                known[key] = hashlib.file_digest(f, "sha256").hexdigest()
-            if cache:
-                cache.parent.mkdir(parents=True, exist_ok=True)
-                atomic_write(cache, json.dumps(known, indent=1))
-        total.update(known[key].encode())
-    return total.hexdigest()
-
-
-def export(
-    model: PairModel,
-    folder: Path,
-    tokenizer: Any,
-    world: World,
-    *,
-    dtype: torch.dtype,
-    end_token_id: int,
-    card: str = "",
-) -> None:
-    """Writes the policy as a Hugging Face folder; a collective, rank 0 writes.
-
-    The folder appears at once and whole (written beside, then renamed; an older one is replaced).
-
-    Args:
-        tokenizer: saved beside.
-        end_token_id: the token that the trained texts end in; generation stops on it and on the tokenizer's EOS.
-        dtype: of the weights written, from the master weights.
-        card: text of README.md.
-    """
-    state: dict[str, Tensor] = {}
-    for name, param in masters(model).items():
-        whole = full_tensor(param)
-        if world.is_main:
-            state[name.removeprefix("lm.")] = whole.detach().to("cpu", dtype)
-    if world.is_main:
-        with commit.replaced(folder) as part:
-            _write_files(model.lm, state, part, tokenizer, dtype, end_token_id, card)
-    world.barrier()
-
-
-def _write_files(
-    lm: Any,
-    state: dict[str, Tensor],
-    part: Path,
-    tokenizer: Any,
-    dtype: torch.dtype,
-    end_token_id: int,
-    card: str,
-) -> None:
-    from huggingface_hub import save_torch_state_dict
-    from transformers import AutoConfig, GenerationConfig
-
-    save_torch_state_dict(state, part, metadata={"format": "pt"})
-    config = AutoConfig.for_model(**{**lm.config.to_dict(), "dtype": str(dtype).removeprefix("torch.")})
-    config.architectures = [type(lm).__name__]
-    config.save_pretrained(part)
-    ends = list(dict.fromkeys(i for i in (end_token_id, tokenizer.eos_token_id) if i is not None))
-    GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=ends[0] if len(ends) == 1 else ends,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-    ).save_pretrained(part)
-    tokenizer.save_pretrained(part)
-    if card:
-        (part / "README.md").write_text(card, encoding="utf-8")
+    if name.endswith("lm_head.weight") and "lm_head.weight" not in params:
+        name = "model.embed_tokens.weight"
+    return next((n for n in (name, name.removeprefix("model."), f"model.{name}") if n in params), None)

@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from dpo_kit import builtin, commit, memory, room
+from dpo_kit import builtin, commit, folders, memory, room
 from dpo_kit.config import Config, parse_backend
 from dpo_kit.costs import Shape
 from dpo_kit.errors import ConfigError, UserError
@@ -49,12 +49,18 @@ def check(config: Config, *, trains: bool = True) -> str:
 
 
 def check_models(config: Config) -> None:
-    """Refuses models that are nowhere, and a reference that reads other tokens than the policy."""
+    """Refuses models that are nowhere or not whole, and a reference that reads other tokens than the policy.
+
+    Of weights only the headers are read.
+    """
     problems = []
-    for field, path in _models(config).items():
-        if path in builtin.NAMES or Path(path).is_dir():
+    for field, path in named_models(config).items():
+        if path in builtin.NAMES:
             continue
-        if Path(path).exists() or not re.fullmatch(_HUB_ID, path):
+        if Path(path).is_dir():
+            if field != "tokenizer_path":
+                problems += _not_whole(field, Path(path))
+        elif Path(path).exists() or not re.fullmatch(_HUB_ID, path):
             problems.append(
                 f"{field} = {path!r} is no folder and no hub id; give a folder with config.json and *.safetensors,"
                 f" a hub id, or one of {', '.join(sorted(builtin.NAMES))}"
@@ -64,7 +70,16 @@ def check_models(config: Config) -> None:
         raise ConfigError(problems)
 
 
-def _models(config: Config) -> dict[str, str]:
+def _not_whole(field: str, folder: Path) -> list[str]:
+    try:
+        folders.read_config(folder)
+        folders.tensors(folder)
+    except UserError as error:
+        return [f"{field}: {error}"]
+    return []
+
+
+def named_models(config: Config) -> dict[str, str]:
     """The fields that name models; a path that several fields share stands under the first one only."""
     fields = {
         "actor.path": config.actor.path,
@@ -79,8 +94,8 @@ def _shape(config: Config) -> Shape | None:
     """The policy's sizes; None where they are not known yet, or of a kind that the ranks refuse."""
     folder = builtin.ensure(config.actor.path) if builtin.cached(config.actor.path) else config.actor.path
     try:
-        return Shape.of(json.loads((Path(folder) / "config.json").read_text("utf-8")))
-    except (OSError, ValueError, KeyError, TypeError):
+        return Shape.of(folders.config_in_effect(Path(folder)))
+    except (OSError, ValueError, KeyError):
         return None
 
 

@@ -1,12 +1,12 @@
 """What comes before the ranks: `python -m dpo_kit.prepare RUN_DIR`, started by the supervisor.
 
-Makes the built-in models that the run names, checks that reference and policy share a tokenizer, builds the
-pair stores, and leaves their folders in `data.json` and their fingerprints in `manifest.json`. A process of
-its own, so that it can be ended at any moment: what it writes is whole or not there.
+Makes the built-in models that the run names, checks that they are whole, fit their tokenizer and each other, and hold
+numbers; builds the pair stores, and leaves their folders in `data.json` and their fingerprints in `manifest.json`.
+A process of its own, so that it can be ended at any moment: what it writes is whole or not there.
 
 Exit status: 0 done, 2 a user's mistake, 1 anything else; the cause stands in `logs/prepare.error.json`.
 
-Deliberately not here: how pairs are built (dataset), weights and their hashes (worker).
+Deliberately not here: how pairs are built (dataset), what is wrong with a folder (folders, model).
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from dpo_kit import builtin, findings, inspection, preflight, records
+from dpo_kit import builtin, findings, folders, inspection, preflight, records
 from dpo_kit import config as config_module
 from dpo_kit.config import Config
 from dpo_kit.errors import ConfigError, UserError
 from dpo_kit.files import atomic_write, read_json, to_json
 from dpo_kit.findings import Finding
+from dpo_kit.preferences import PairStore
 
 
 def prepare(run_dir: Path) -> None:
@@ -33,9 +34,12 @@ def prepare(run_dir: Path) -> None:
     records.write_progress(run_dir, phase="convert model", expected_s=1.0 if ready else None)
     for path in paths:
         builtin.ensure(path, _say)
+    check_models(config)
     check_tokenizers(config)
+    check_values(config, _percent(run_dir))
     records.write_progress(run_dir, phase="build pairs")
     stores = build_pairs(run_dir, config)
+    check_lengths(config, stores)
     findings.write(run_dir, _inspect(config, stores))
     data = {split: None if store is None else str(store.path) for split, store in stores.items()}
     atomic_write(run_dir / "data.json", to_json(data, indent=1))
@@ -68,33 +72,123 @@ def build_pairs(run_dir: Path, config: Config) -> dict[str, Any]:
 
 def _inspect(config: Config, stores: dict[str, Any]) -> Iterator[Finding]:
     """The checks that every run makes; for a reader of its figures."""
-    folder = Path(builtin.ensure(config.actor.path))
-    yield from inspection.settings(config, read_json(folder / "config.json", {}))
+    made = folders.read_config(folders.snapshot(builtin.ensure(config.actor.path)))
+    yield from inspection.settings(config, made)
     yield from inspection.pairs(stores["train"], stores["valid"])
     own = builtin.load_tokenizer(config.actor.path) if config.tokenizer_path != config.actor.path else None
     tokenizer = builtin.load_tokenizer(stores["train"].tokenizer_path)
     yield from inspection.texts(stores["train"], tokenizer, own or tokenizer)
 
 
-def check_tokenizers(config: Config) -> None:
-    """The reference scores the policy's tokens, so both models must read the same ids.
+def check_models(config: Config) -> None:
+    """Refuses policy and reference where transformers would not load them cleanly; their values are not read.
 
     Raises:
-        ConfigError: their vocabularies differ.
+        ConfigError: with every problem.
     """
-    if config.ref.path == config.tokenizer_path:
-        return
-    from dpo_kit import dataset
+    from dpo_kit import model
+
+    problems = []
+    for field, path in _weights(config).items():
+        try:
+            model.check(folders.snapshot(builtin.ensure(path)))
+        except UserError as error:
+            problems.append(f"{field}: {error}")
+    if problems:
+        raise ConfigError(problems)
+
+
+def check_tokenizers(config: Config) -> None:
+    """The reference scores the policy's tokens, so both models must read the same ids and have a row for each.
+
+    Raises:
+        ConfigError: their vocabularies differ, or are larger than an embedding.
+    """
+    from dpo_kit import dataset, model
 
     own = dataset.load_tokenizer(config.tokenizer_path)[1].get_vocab()
-    other = dataset.load_tokenizer(config.ref.path)[1].get_vocab()
-    if own != other:
-        raise ConfigError([preflight.tokenizer_problem(config, own, other)])
+    if config.ref.path != config.tokenizer_path:
+        other = dataset.load_tokenizer(config.ref.path)[1].get_vocab()
+        if own != other:
+            raise ConfigError([preflight.tokenizer_problem(config, own, other)])
+    last = max(own, key=lambda token: own[token])
+    problems = []
+    for field, path in _weights(config).items():
+        rows = model.text_config(folders.snapshot(builtin.ensure(path))).vocab_size
+        if own[last] >= rows:
+            problems.append(
+                f"tokenizer_path = {config.tokenizer_path!r} has token ids up to {own[last]} ({last!r}), and the"
+                f" embedding of {field} = {path!r} has {rows} rows; use the tokenizer that the model was trained with,"
+                f" or a model that was enlarged (resize_token_embeddings({own[last] + 1}))"
+            )
+    if problems:
+        raise ConfigError(problems)
+
+
+def check_values(config: Config, progress: folders.Progress = lambda done, total: None) -> None:
+    """Refuses weights that are not finite numbers; the fingerprints that come of it are kept for the ranks.
+
+    Raises:
+        ConfigError: file and tensor are named.
+    """
+    for field, path in _weights(config).items():
+        try:
+            folders.fingerprint(builtin.ensure(path), folders.known_hashes(config.cluster.fileroot), progress)
+        except UserError as error:
+            raise ConfigError([f"{field}: {error}"]) from None
+
+
+def check_lengths(config: Config, stores: dict[str, PairStore | None]) -> None:
+    """Refuses texts that are longer than a model has positions: it was never trained there.
+
+    Args:
+        stores: by split, `train` and `valid`.
+
+    Raises:
+        ConfigError: with the longest text's tokens, the positions, and what to set.
+    """
+    from dpo_kit import model
+
+    problems = []
+    for field, path in _weights(config).items():
+        most = model.positions(model.text_config(folders.snapshot(builtin.ensure(path))))
+        for split, store in stores.items():
+            longest = 0 if store is None else int(store.all_lengths()[:, 1:].max())
+            if most is not None and longest > most:
+                problems.append(
+                    f"{split}_dataset: the longest text has {longest} tokens, and {field} = {path!r} has {most}"
+                    f" positions; use {_limit(config, split)}.max_length={most}, which leaves longer texts out"
+                )
+    if problems:
+        raise ConfigError(problems)
+
+
+def _limit(config: Config, split: str) -> str:
+    """The section whose `max_length` a split obeys."""
+    taken = config.valid_dataset is not None and config.valid_dataset.from_train is not None
+    return "train_dataset" if split == "train" or taken else f"{split}_dataset"
+
+
+def _weights(config: Config) -> dict[str, str]:
+    """The fields that name weights, each path once."""
+    return {name: path for name, path in preflight.named_models(config).items() if name != "tokenizer_path"}
 
 
 def _counter(run_dir: Path) -> Callable[[int, int | None], None]:
     def count(done: int, total: int | None = None) -> None:
         records.write_progress(run_dir, phase="build pairs", done=done, total=total)
+
+    return count
+
+
+def _percent(run_dir: Path) -> folders.Progress:
+    told = 0
+
+    def count(done: int, total: int) -> None:
+        nonlocal told
+        if 100 * done // total > told:
+            told = 100 * done // total
+            records.write_progress(run_dir, phase="convert model", done=told, total=100)
 
     return count
 

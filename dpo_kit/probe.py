@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dpo_kit import config as config_module
-from dpo_kit import engine, loading, model
+from dpo_kit import engine, folders, loading, model
 from dpo_kit.config import Config
 from dpo_kit.losses import preference_loss
 from dpo_kit.packing import MicroBatch, pack, response_sums
@@ -100,6 +100,7 @@ def write_small_model(source: Path, folder: Path) -> None:
 
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     config.num_hidden_layers = NUM_BLOCKS
+    config.tie_word_embeddings = folders.config_in_effect(source)["tie_word_embeddings"]
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:NUM_BLOCKS]
     config.save_pretrained(folder)

@@ -88,10 +88,14 @@ class Recorder:
             return
         history.append_metrics(self.run_dir, values)
         if self.tensorboard:
-            for name, value in values.items():
-                if name != "step" and value is not None:
-                    self.tensorboard.add_scalar(name, value, values["step"])
-            self.tensorboard.flush()
+            try:
+                for name, value in values.items():
+                    if name != "step" and value is not None:
+                        self.tensorboard.add_scalar(name, value, values["step"])
+                self.tensorboard.flush()
+            except Exception as error:  # a full disk, or a writer whose thread has died of something
+                self.tensorboard = None
+                _without_tensorboard("no more TensorBoard events", error)
 
     def write_evaluation(self, step: int, means: dict[str, Any], pairs: list[dict[str, Any]]) -> None:
         """Records the means of an evaluation and its per-pair lines (`evaluations/step-N.jsonl`)."""
@@ -130,12 +134,21 @@ class Recorder:
 
 
 def _tensorboard(run_dir: Path, step: int) -> Any:
+    """The writer of events; None where there is none to be had, for whatever reason: a run does without."""
     try:
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        print(
-            'no TensorBoard events: pip install "dpo-kit[tracking]"; metrics.jsonl has every number',
-            flush=True,
-        )
+
+        return SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step else None)
+    except Exception as error:  # not installed, or at odds with its protobuf or numpy
+        _without_tensorboard("no TensorBoard events", error)
         return None
-    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step else None)
+
+
+def _without_tensorboard(what: str, error: Exception) -> None:
+    cause = "" if isinstance(error, ModuleNotFoundError) else f" ({records.one_line(error)})"
+    remedy = (
+        'pip install "dpo-kit[tracking]"'
+        if isinstance(error, ImportError)
+        else "stats_logger.tensorboard=false"
+    )
+    print(f"{what}{cause}: {remedy}; metrics.jsonl has every number", flush=True)

@@ -9,22 +9,21 @@ Not here: judging answers (`ranking`, `analysis`), showing them (`notebook`).
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dpo_kit import builtin, commit, processes, records, tokens
+from dpo_kit import builtin, commit, folders, processes, records, tokens
 from dpo_kit import config as config_module
 from dpo_kit.config import Config
 from dpo_kit.errors import UserError
 from dpo_kit.files import atomic_write, read_json, to_json
 from dpo_kit.layouts import ASSISTANT_MARK, CONVERSATION, RAW
-from dpo_kit.model import snapshot
+from dpo_kit.model import quiet
 from dpo_kit.parallel import DTYPES
 from dpo_kit.preferences import PairStore, open_store
 
@@ -97,27 +96,13 @@ def load_plain(path: str, dtype: str) -> Any:
     """A model as anyone would load it from its folder, on the GPU when there is one."""
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    with _no_bars():
+    with quiet():
         model: Any = AutoModelForCausalLM.from_pretrained(
-            snapshot(path), dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False
+            folders.snapshot(path), dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False
         )
     # Sampling is stated in full by `generate`; defaults that a model ships (top_k, ...) must not mix in.
     model.generation_config = GenerationConfig()
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-
-
-@contextlib.contextmanager
-def _no_bars() -> Iterator[None]:
-    """Loading shows a bar a model, in the middle of whatever a command prints."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def latest_export(run_dir: Path) -> Path:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dpo_kit import builtin, engine, loading, prepare
+from dpo_kit import engine, loading, prepare
 from dpo_kit.config import Config
 from dpo_kit.engine import Engine
 from dpo_kit.files import atomic_write, to_json
@@ -20,7 +20,7 @@ from dpo_kit.preferences import PairStore
 
 
 def score(
-    config: Config, store: PairStore, out: Path, progress: Any = lambda *_a, **_k: None
+    config: Config, store: PairStore, out: Path, progress: Any = lambda *_a, **_k: None, split: str = "train"
 ) -> dict[str, Any]:
     """Writes one JSON line a pair, in dataset order, to `out`; the file appears when all are there.
 
@@ -30,16 +30,17 @@ def score(
         config: model, loss and reference; the reference's values come from its cache where it has them.
         store: the pairs.
         progress: called as in `engine.Engine`.
+        split: of the store, for messages.
 
     Returns:
         The means over all pairs, under `dpo-eval/` names.
 
     Raises:
-        ConfigError: the reference has another tokenizer.
+        ConfigError: models that are not whole, another tokenizer, or texts that are too long.
     """
-    for path in dict.fromkeys([config.actor.path, config.ref.path, config.tokenizer_path]):
-        builtin.ensure(path)
+    prepare.check_models(config)
     prepare.check_tokenizers(config)
+    prepare.check_lengths(config, {split: store})
     cuda = torch.cuda.is_available() and config.cluster.n_gpus_per_node != 0
     with alone(cuda=cuda) as world:
         policy = loading.load_model(

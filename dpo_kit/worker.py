@@ -26,6 +26,7 @@ from dpo_kit import (
     builtin,
     card,
     engine,
+    export,
     findings,
     halving,
     hangs,
@@ -34,7 +35,6 @@ from dpo_kit import (
     manifest,
     measures,
     memory,
-    model,
     packing,
     processes,
     records,
@@ -105,7 +105,7 @@ def _run(run_dir: Path, config: Config, world: World, recorder: Recorder, should
         recorder.progress(phase)
         found = findings.read(run_dir)
         text = card.model_card(config, history.readable_metrics(run_dir), found) if world.is_main else ""
-        model.export(
+        export.write(
             state.policy, folder, tokenizer, world, dtype=dtype, end_token_id=end_token_id, card=text
         )
 

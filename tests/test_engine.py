@@ -123,8 +123,89 @@ def test_numbers_that_are_not_finite_change_no_weight(tmp_path):
         assert not all(
             torch.equal(a, full_tensor(p)) for a, p in zip(before, state.policy.parameters(), strict=True)
         )
-    with pytest.raises(UserError, match="step 4: loss nan"):
-        engine.check_finite({"step": 4, "dpo/loss": math.nan, "grad_norm": 1.0})
+
+
+def broken_step(folder, *, step, side, **settings):
+    """What is said, and of which rows, when pair 3's log-prob of a side is no number (None: the loss alone)."""
+    overrides = [f"{name.replace('__', '.')}={value}" for name, value in settings.items()]
+    with one_rank() as world:
+        config = tiny_config(Path(folder), f"actor.backend=fsdp:d{world.size}", *overrides)
+        if world.is_main:
+            store_of(random_pairs(8), Path(folder) / "pairs")
+        world.barrier()
+        state = make_engine(world, config, open_store(Path(folder) / "pairs"))
+        batches = list(engine.micro_batches(state, state.train, range(8), state.max_tokens))
+        if side == "reference":
+            state.ref_train[3, 0] = np.nan
+        if side == "policy":
+            run = state.policy.forward
+
+            def forward(batch):
+                logps = run(batch)
+                position = batch.rows.tolist().index(3) if 3 in batch.rows.tolist() else None
+                if position is None or not batch.weights[position]:
+                    return logps
+                at = batch.summands[batch.owners == 2 * position]
+                return logps.index_fill(0, at, np.nan)
+
+            state.policy.forward = forward
+        record = {"step": step, "dpo/loss": math.nan, "grad_norm": math.nan}
+        with pytest.raises(UserError) as caught:
+            engine.check_finite(state, record, batches)
+        return str(caught.value), list(caught.value.data_rows)
+
+
+UNTRAINED = " are not finite before any update, so the learning rate is not to blame."
+OVERFLOWS = "The model overflows on these rows: leave them out, or use another model"
+LOW = {"actor__dtype": "bfloat16", "ref__dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize(
+    ("step", "side", "settings", "said", "rows"),
+    [
+        (1, "policy", {}, f": log-probs of the policy{UNTRAINED} {OVERFLOWS}", [3]),
+        (1, "policy", LOW, f": log-probs of the policy{UNTRAINED} Use actor.dtype=float32", [3]),
+        (1, "reference", {}, f": log-probs of the reference{UNTRAINED} {OVERFLOWS}", [3]),
+        (1, "reference", LOW, f": log-probs of the reference{UNTRAINED} Use ref.dtype=float32", [3]),
+        (
+            1,
+            None,
+            LOW,
+            f": the gradient is{UNTRAINED.removeprefix(' are')} Use actor.dtype=float32",
+            list(range(8)),
+        ),
+        (
+            5,
+            "policy",
+            {},
+            "; no weight was changed by this step. Lower actor.optimizer.lr = 0.001",
+            [3],
+        ),
+        (
+            5,
+            "policy",
+            LOW,
+            "; no weight was changed by this step. Lower actor.optimizer.lr = 0.001, or use actor.dtype=float32",
+            [3],
+        ),
+        (5, "reference", {}, f": log-probs of the reference are not finite. {OVERFLOWS}", [3]),
+        (5, "policy", {"actor__optimizer__lr": 0}, f": log-probs of the policy{UNTRAINED} {OVERFLOWS}", [3]),
+    ],
+)
+def test_what_is_said_of_numbers_that_are_not_finite(tmp_path, step, side, settings, said, rows):
+    told, found = broken_step(tmp_path, step=step, side=side, **settings)
+    assert told == f"step {step}: loss nan, gradient norm nan{said}"
+    assert found == rows
+
+
+def broken_step_on_ranks(folder):
+    return broken_step(folder, step=1, side="policy")
+
+
+def test_the_rows_at_fault_are_gathered_from_all_ranks(ranks, tmp_path):
+    both = ranks.run(broken_step_on_ranks, str(tmp_path))
+    assert both[0] == both[1]
+    assert both[0][1] == [3]
 
 
 def test_first_step_check_catches_a_reference_that_differs(tmp_path):

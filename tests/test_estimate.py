@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dpo_kit import builtin, cli, dataset, estimate, launch, model, preflight, probe, room
+from dpo_kit import builtin, cli, dataset, estimate, folders, launch, preflight, probe, room
 from dpo_kit import config as config_module
 from dpo_kit.errors import UserError
 from dpo_kit.packing import pair_costs, plan_step
@@ -120,7 +120,7 @@ def test_pairs_in_the_cache_are_not_run_again(config, memory_of, probed):
     from dpo_kit import reference
 
     store, root = dataset.build(config), Path(config.cluster.fileroot)
-    mark = model.fingerprint(builtin.ensure("tiny-random"))
+    mark = folders.fingerprint(builtin.ensure("tiny-random"))
     folder = reference.cache_folder(root, mark, config.ref.dtype, "shared")
     reference.add(folder, reference.pair_keys(store), np.zeros((len(store), 2)))
     assert estimate.make(config)["time"]["reference_pass"] == 0

@@ -1,10 +1,16 @@
+"""Hubs that do not answer: one quick question, then the cache, whatever asks."""
+
 from __future__ import annotations
 
+import contextlib
 import socket
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from dpo_kit import hub
+from dpo_kit import builtin, dataset, folders, hub
+from dpo_kit.errors import UserError
 
 
 @pytest.fixture
@@ -12,16 +18,120 @@ def no_proxy(monkeypatch):
     monkeypatch.setattr(hub.urllib.request, "getproxies", dict)
 
 
-def test_reachable_asks_for_a_connection(no_proxy):
+@contextlib.contextmanager
+def answering(status: int):
+    """A server that gives every question one status; what it was asked."""
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            asked.append(self.path)
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", asked
+        server.shutdown()
+
+
+@pytest.fixture
+def silent_hub(monkeypatch, no_proxy, tmp_path):
+    """A hub that takes connections and never says a word."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(hub, "ANSWER_S", 0.2)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     with socket.create_server(("127.0.0.1", 0)) as server:
         endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        yield endpoint
+
+
+@pytest.mark.parametrize("status", [200, 302, 401, 404, 503])
+def test_any_answer_will_do(no_proxy, status):
+    with answering(status) as (endpoint, asked):
         assert hub.reachable(endpoint)
+    assert asked == ["/api/whoami-v2"]
+
+
+def test_nobody_there_is_no_answer(no_proxy):
+    with answering(200) as (endpoint, _):
+        pass
     assert not hub.reachable(endpoint)
 
 
-def test_a_proxy_counts_as_reachable(monkeypatch):
-    monkeypatch.setattr(hub.urllib.request, "getproxies", lambda: {"https": "http://proxy:3128"})
-    assert hub.reachable("https://127.0.0.1:1")
+def test_silence_is_no_answer(silent_hub):
+    assert not hub.reachable(silent_hub)
+
+
+def test_behind_a_proxy_the_proxy_is_asked(monkeypatch):
+    with answering(200) as (proxy, asked):
+        monkeypatch.setattr(hub.urllib.request, "getproxies", lambda: {"http": proxy})
+        assert hub.reachable("http://hub.invalid")
+    assert asked == ["http://hub.invalid/api/whoami-v2"]
+    assert not hub.reachable("http://hub.invalid")  # the proxy is gone
+
+
+def test_a_model_on_a_silent_hub_is_told_as_one(silent_hub):
+    expected = f"'org/model' is neither .*{silent_hub} gives no answer, and its local cache does not hold it"
+    with pytest.raises(UserError, match=expected):
+        folders.snapshot("org/model")
+    with pytest.raises(UserError, match="tokenizer 'org/model' cannot be loaded"):
+        dataset.load_tokenizer("org/model")
+
+
+def test_what_lies_in_a_folder_asks_no_hub(silent_hub, monkeypatch):
+    monkeypatch.setattr(hub, "reachable", lambda endpoint: pytest.fail("asked"))
+    path = builtin.ensure("tiny-random")
+    assert str(folders.snapshot(path)) == path
+    assert builtin.load_tokenizer(path).eos_token_id == 256
+
+
+def test_only_the_weights_that_are_read_are_fetched(monkeypatch, tmp_path):
+    """Two questions: the small files, then what the index names; nothing twice, nothing pickled."""
+    import huggingface_hub
+
+    asked = []
+
+    def download(path, **patterns):
+        asked.append(patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(hub, "reachable", lambda endpoint: True)
+    assert folders.snapshot("org/model") == tmp_path
+    assert asked[1] == {"allow_patterns": ["model.safetensors"]}
+    (tmp_path / folders.INDEX).write_text('{"weight_map": {"a": "x-2.safetensors", "b": "x-1.safetensors"}}')
+    folders.snapshot("org/model")
+    assert asked[3] == {"allow_patterns": ["x-1.safetensors", "x-2.safetensors"]}
+    wanted = huggingface_hub.utils.filter_repo_objects(
+        [
+            "config.json",
+            folders.INDEX,
+            "merges.txt",
+            "tokenizer.model",
+            "chat_template.jinja",
+            "LICENSE",
+            "model.safetensors",
+            "consolidated.safetensors",
+            "pytorch_model.bin",
+            "original/params.json",
+        ],
+        **asked[0],
+    )
+    assert list(wanted) == [
+        "config.json",
+        folders.INDEX,
+        "merges.txt",
+        "tokenizer.model",
+        "chat_template.jinja",
+        "LICENSE",
+    ]
 
 
 @pytest.mark.parametrize("answers", [True, False])
@@ -32,8 +142,9 @@ def test_the_clients_are_offline_inside_and_as_before_outside(monkeypatch, answe
     monkeypatch.setattr(hub, "reachable", lambda endpoint: answers)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(config, "HF_HUB_OFFLINE", False)
-    with hub.cache_only_when_unreachable():
+    with hub.cache_only_when_unreachable() as told:
         assert constants.HF_HUB_OFFLINE is config.HF_HUB_OFFLINE is not answers
+        assert bool(told) is not answers
     assert constants.HF_HUB_OFFLINE is config.HF_HUB_OFFLINE is False
 
 

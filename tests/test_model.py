@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_kit import attention, builtin, engine, model, packing
+from dpo_kit import attention, builtin, engine, export, folders, model, packing
 from dpo_kit.errors import UserError
 from dpo_kit.parallel import full_tensor, masters
 from tests.helpers import one_rank, pair_of, random_pairs
@@ -189,7 +189,7 @@ def test_an_export_loads_with_equal_logits(tmp_path, tied):
         policy = load_for_training(path, world)
         engine.response_logps(policy, packing.pack(PAIRS, range(len(PAIRS)), share=True))
         for _ in range(2):  # the second export replaces the first
-            model.export(
+            export.write(
                 policy,
                 tmp_path / "out",
                 tokenizer,
@@ -203,7 +203,7 @@ def test_an_export_loads_with_equal_logits(tmp_path, tied):
     assert torch.equal(a(ids).logits, b(ids).logits)
     assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == tokenizer.get_vocab()
     ends = GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id
-    assert ends == [7, tokenizer.eos_token_id]
+    assert ends == [7, 2, tokenizer.eos_token_id]  # trained, the base's, the tokenizer's
     assert (tmp_path / "out" / "README.md").read_text() == "# hello"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "out"]
 
@@ -218,7 +218,7 @@ def export_on_ranks(path, out):
     with one_rank() as world:
         tokenizer = builtin.load_tokenizer(builtin.ensure("tiny-random"))
         policy = load_for_training(path, world)
-        model.export(policy, Path(out), tokenizer, world, dtype=torch.float32, end_token_id=7)
+        export.write(policy, Path(out), tokenizer, world, dtype=torch.float32, end_token_id=7)
 
 
 def test_two_ranks_export_the_weights_they_loaded(ranks, tmp_path):
@@ -234,17 +234,17 @@ def test_two_ranks_export_the_weights_they_loaded(ranks, tmp_path):
 def test_fingerprint_is_of_content(tmp_path):
     path = Path(small_model(tmp_path / "m"))
     cache = tmp_path / "known.json"
-    whole = model.fingerprint(str(path), cache)
-    assert model.fingerprint(str(path), cache) == model.fingerprint(str(path)) == whole
+    whole = folders.fingerprint(str(path), cache)
+    assert folders.fingerprint(str(path), cache) == folders.fingerprint(str(path)) == whole
     shutil.copytree(path, tmp_path / "copy")
-    assert model.fingerprint(str(tmp_path / "copy")) == whole
+    assert folders.fingerprint(str(tmp_path / "copy")) == whole
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
-    assert model.fingerprint(str(path)) != whole
+    assert folders.fingerprint(str(path)) != whole
     data = bytearray((tmp_path / "copy" / "model.safetensors").read_bytes())
     data[-1] ^= 1
     (tmp_path / "copy" / "model.safetensors").write_bytes(data)
-    assert model.fingerprint(str(tmp_path / "copy")) != whole
+    assert folders.fingerprint(str(tmp_path / "copy")) != whole
 
 
 def test_models_that_cannot_be_served_are_refused_in_words(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -115,7 +116,8 @@ def test_a_resident_reference_gives_the_same_lines(tmp_path, store, other_weight
 
 
 def test_another_tokenizer_is_refused_and_nothing_is_written(tmp_path, store):
-    other = save_tokenizer(tmp_path / "tokenizer")
+    other = shutil.copytree(builtin.ensure("tiny-random"), tmp_path / "other")
+    save_tokenizer(other)
     config = tiny_config(tmp_path / "runs", f"ref.path={other}")
     with pytest.raises(ConfigError, match="has another tokenizer than 'tiny-random'"):
         scoring.score(config, store, tmp_path / "out.jsonl")

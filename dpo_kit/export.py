@@ -1,0 +1,134 @@
+"""The policy as a Hugging Face folder: weights in `actor.dtype`, and all that lay beside those it was trained from.
+
+config.json and generation_config.json are the base's, field by field, but for what training changed: the dtype, whether
+head and embedding are one, and the end token of the trained texts, on which generation stops as well.
+
+Not here: checkpoints that a run goes on from (`checkpoint`), the model card's text (`card`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpo_kit import commit
+from dpo_kit.model import PairModel
+from dpo_kit.parallel import World, full_tensor, masters
+
+
+def write(
+    model: PairModel,
+    folder: Path,
+    tokenizer: Any,
+    world: World,
+    *,
+    dtype: torch.dtype,
+    end_token_id: int,
+    card: str = "",
+) -> None:
+    """Writes the policy as a Hugging Face folder; a collective, rank 0 writes.
+
+    The folder appears at once and whole (written beside, then renamed; an older one is replaced).
+
+    What lay beside the weights that it was trained from lies beside these, too.
+
+    Args:
+        tokenizer: saved beside; the files that it was loaded from as they are, where they are the model's own.
+        end_token_id: the token that the trained texts end in; generation stops on it and on the tokenizer's EOS.
+        dtype: of the weights written, from the master weights.
+        card: text of README.md.
+    """
+    state: dict[str, Tensor] = {}
+    for name, param in masters(model).items():
+        whole = full_tensor(param)
+        if world.is_main:
+            state[name.removeprefix("lm.")] = whole.detach().to("cpu", dtype)
+    if world.is_main:
+        lasting = model.lm.state_dict().keys()
+        state |= {name: value.cpu() for name, value in model.lm.named_buffers() if name in lasting}
+        with commit.replaced(folder) as part:
+            _write_files(model, state, part, tokenizer, dtype, end_token_id, card)
+    world.barrier()
+
+
+def _write_files(
+    model: PairModel,
+    state: dict[str, Tensor],
+    part: Path,
+    tokenizer: Any,
+    dtype: torch.dtype,
+    end_token_id: int,
+    card: str,
+) -> None:
+    from huggingface_hub import save_torch_state_dict
+
+    save_torch_state_dict(state, part, metadata={"format": "pt"})
+    is_own = tokenizer.name_or_path == model.source
+    if not is_own:
+        tokenizer.save_pretrained(part)
+    for name, content in model.side_files.items():
+        if is_own or not _is_of_a_tokenizer(name):
+            (part / name).parent.mkdir(exist_ok=True)
+            (part / name).write_bytes(content)
+    config = _config_of_export(model, str(dtype).removeprefix("torch."))
+    _write_json(part / "config.json", config)
+    generation = _generation_of_export(model, tokenizer, end_token_id, config)
+    _write_json(part / "generation_config.json", generation)
+    if card:
+        (part / "README.md").write_text(card, encoding="utf-8")
+
+
+def _write_json(file: Path, made: dict[str, Any]) -> None:
+    # Not strict: an Infinity in the base's file stays one.
+    file.write_text(json.dumps(made, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _is_of_a_tokenizer(name: str) -> bool:
+    starts = (
+        "tokenizer",
+        "special_tokens_map",
+        "added_tokens",
+        "vocab",
+        "merges",
+        "chat_template",
+        "additional_",
+    )
+    return name.startswith(starts) or name.endswith((".model", ".tiktoken"))
+
+
+def _config_of_export(model: PairModel, dtype: str) -> dict[str, Any]:
+    """The config.json that the model was loaded with, and what is another now."""
+    made = json.loads(model.side_files["config.json"])
+    made["architectures"] = [type(model.lm).__name__]
+    for field in [name for name in ("torch_dtype", "dtype") if name in made] or ["dtype"]:
+        made[field] = dtype
+    if not model.lm.config.tie_word_embeddings and made.get("tie_word_embeddings") is not False:
+        made["tie_word_embeddings"] = False
+    made.pop("transformers_weights", None)  # names a file that the export does not have
+    return made
+
+
+def _generation_of_export(
+    model: PairModel, tokenizer: Any, end_token_id: int, config: dict[str, Any]
+) -> dict[str, Any]:
+    """The generation config that the model came with; it ends where the trained texts do, too."""
+    made: dict[str, Any] = {}
+    with contextlib.suppress(
+        KeyError, ValueError
+    ):  # there is none, or one that transformers leaves out as well
+        made = dict(json.loads(model.side_files["generation_config.json"]))
+    made.pop("_from_model_config", None)  # it would be made anew from config.json
+    known = made.get("eos_token_id", config.get("eos_token_id"))
+    ends = [end_token_id, *(known if isinstance(known, list) else [known]), tokenizer.eos_token_id]
+    ends = list(dict.fromkeys(i for i in ends if i is not None))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    made["eos_token_id"] = ends[0] if len(ends) == 1 else ends
+    for name, value in (("bos_token_id", tokenizer.bos_token_id), ("pad_token_id", pad)):
+        if made.get(name) is None and value is not None:
+            made[name] = value
+    return made
