@@ -17,6 +17,7 @@ Not here: when a checkpoint is due (`recorder`), which ones stay (`commit`, `kee
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,6 @@ from dpo_kit import commit, room
 from dpo_kit.errors import UserError
 from dpo_kit.files import atomic_write, read_json, to_json
 from dpo_kit.parallel import World, masters, publish
-
-STATE = "state.json"
 
 
 def save(
@@ -67,7 +66,7 @@ def save(
         with open(path, "rb") as file:
             os.fsync(file.fileno())
         if world.is_main:
-            atomic_write(Path(names[0]) / STATE, to_json({**facts, "num_ranks": world.size}, indent=1))
+            atomic_write(Path(names[0]) / commit.STATE, to_json({**facts, "num_ranks": world.size}, indent=1))
 
     def read() -> None:  # for the hashes, shared: every rank its part of the files
         staged = Path(names[0])
@@ -101,7 +100,7 @@ def load(folder: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, worl
     Returns:
         The `facts` of `save`, with `num_ranks`.
     """
-    facts = read_json(folder / STATE)
+    facts = read_json(folder / commit.STATE)
     reader = FileSystemReader(str(folder))
     known = reader.read_metadata().state_dict_metadata
     dcp.load(_tensors(policy, optimizer, make=known), storage_reader=reader)
@@ -209,5 +208,6 @@ def _why_not_saved(folder: Path, cause: str, policy: nn.Module, optimizer: torch
     left = commit.steps(folder.parent)
     before = f"step-{left[-1]} stands" if left else "there is no earlier one"
     sizes = f"{room.size_text(needed)} is needed, {room.size_text(free)} are free in {folder.parent}"
-    advice = "Free space (dpo-kit runs prune) or use recover.keep=1" if free < needed else "Mend that"
+    prune = f"dpo-kit runs prune --fileroot {shlex.quote(str(folder.parents[3]))}"
+    advice = f"Free space ({prune}) or use recover.keep=1" if free < needed else "Mend that"
     return f"checkpoint {folder} was not written ({cause}); {sizes}; {before}. {advice}, then resume the run"

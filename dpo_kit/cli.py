@@ -95,10 +95,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     overrides = [word for word in rest if "=" in word and not word.startswith("-")]
-    if overrides and getattr(arguments, "run", None) is _runs_resume:
-        parser.error(
-            f"a run goes on with its own settings; for others: dpo-kit runs fork RUN {' '.join(overrides)}"
-        )
     if len(overrides) < len(rest) or (rest and not hasattr(arguments, "overrides")):
         parser.error(f"unknown arguments: {' '.join(rest)}")
     if overrides:
@@ -179,6 +175,8 @@ def _add_runs(commands: Any) -> None:
             verb.add_argument(
                 "target", metavar="RUN", nargs=nargs, help="a folder, experiment/trial, or a trial's name"
             )
+        if name == "resume":  # none is taken: the refusal says which command takes them
+            verb.add_argument("overrides", nargs="*", help=argparse.SUPPRESS)
         if name == "fork":
             verb.add_argument(
                 "--step", type=_count, metavar="N", help="of a checkpoint (default: the last one)"
@@ -384,9 +382,13 @@ def _runs_stop(arguments: argparse.Namespace) -> int:
 
 
 def _runs_resume(arguments: argparse.Namespace) -> int:
-    from dpo_kit import launch
+    from dpo_kit import launch, resuming
 
-    return launch.resume_in_foreground(_find(arguments))
+    run = _find(arguments)
+    if arguments.overrides:
+        others = resuming.with_others(run.dir, arguments.overrides)
+        raise UserError(f"a run goes on with its own settings; for others: {others}")
+    return launch.resume_in_foreground(run)
 
 
 def _runs_fork(arguments: argparse.Namespace) -> int:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 COMMIT = "COMMIT.json"
+STATE = "state.json"  # of a checkpoint: the step, and the identity of what it is of (`checkpoint`)
 _STEP = re.compile(r"step-(\d+)")
 _ABANDONED_S = 3600.0
 
@@ -252,8 +253,13 @@ def discard(folder: Path) -> None:
 
 def sweep(checkpoints: Path) -> None:
     """Removes what killed writers left. Only the process that owns the run may call it."""
-    for path in [*checkpoints.glob(".tmp-*"), *checkpoints.glob(".trash-*")]:
+    for path in leftovers(checkpoints):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def leftovers(checkpoints: Path) -> list[Path]:
+    """What `sweep` removes."""
+    return [*checkpoints.glob(".tmp-*"), *checkpoints.glob(".trash-*")]
 
 
 def _trash(folder: Path) -> Path:

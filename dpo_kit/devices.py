@@ -38,6 +38,16 @@ def visible_devices() -> int:
     return count
 
 
+def too_many(wanted: int, visible: int) -> str:
+    """What is wrong with a number of devices (`cluster.n_gpus_per_node`); empty when there are so many."""
+    if wanted <= visible:
+        return ""
+    return (
+        f"cluster.n_gpus_per_node = {wanted} is more than the {visible} CUDA devices that are visible here;"
+        f" use {visible}{' (CPU ranks)' if visible == 0 else ''}, or auto"
+    )
+
+
 def torch_has_cuda() -> bool:
     """Whether the installed torch was built for CUDA; read from its version file, torch is not imported."""
     spec = importlib.util.find_spec("torch")

@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from dpo_kit import commit, history, identity, launch, manifest, preflight, records
+from dpo_kit import commit, history, launch, manifest, preflight, records, resuming
 from dpo_kit import config as config_module
-from dpo_kit.config import Config
 from dpo_kit.errors import ConfigError, UserError
 from dpo_kit.runs import Run
 
@@ -32,15 +31,21 @@ def fork(parent: Run, step: int | None = None, overrides: Sequence[str] = ()) ->
     Raises:
         UserError: no such checkpoint (those there are are listed), a damaged one, or settings that cannot run.
     """
-    step = _step_to_fork(parent, step)
+    step = _step_to_fork(parent, step, overrides)
     # The parent may have been moved since it wrote where its root is.
     root = f"cluster.fileroot={parent.dir.parent.parent}"
     config = config_module.load(parent.dir / "config.yaml", ["trial_name=null", root, *overrides])
-    _check_fork(config, parent, step)
+    problems = resuming.fork_problems(parent.config, config, step, resuming.last_step(parent.dir, config))
+    if problems:
+        raise ConfigError(problems)
     named = config.trial_name is not None
     config = launch.resolve_world(config)
     config = replace(config, trial_name=config.trial_name or records.fresh_trial_name())
+    at = resuming.at_step(parent.dir, step).forked(config)
+    if problem := resuming.refusal(parent.dir, at, config):
+        raise UserError(problem)
     preflight.check(config)
+    launch.compare_content(parent.dir, at, config)
     made = manifest.build(config, named=named, owner="foreground")
     settings = [text for text in overrides if not text.startswith("trial_name=")]
     made["parent"] = {"run": parent.name, "folder": str(parent.dir), "step": step, "overrides": settings}
@@ -55,7 +60,7 @@ def fork(parent: Run, step: int | None = None, overrides: Sequence[str] = ()) ->
     return Run(folder)
 
 
-def _step_to_fork(parent: Run, step: int | None) -> int:
+def _step_to_fork(parent: Run, step: int | None, overrides: Sequence[str]) -> int:
     """The step of a whole checkpoint: the one asked for, or the newest."""
     there = parent.checkpoints()
     if step is None and there:
@@ -66,11 +71,16 @@ def _step_to_fork(parent: Run, step: int | None) -> int:
             raise UserError(f"{parent.name} has no whole checkpoint: {'; '.join(told)}")
         return newest
     if step is None or step not in there:
-        has = f"has those of steps {', '.join(map(str, there))}" if there else "has none"
         wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
+        has = f"; it has those of steps {', '.join(map(str, there))}" if there else ""
+        anew = (
+            ""
+            if there
+            else f"; from the first step: {manifest.train_command(parent.dir, *overrides, anew=True)}"
+        )
         raise UserError(
-            f"{parent.name} has {wanted}; it {has} (recover.freq_steps makes them; recover.keep=all keeps them when a"
-            " run is done)"
+            f"{parent.name} has {wanted}{has} (recover.freq_steps makes them; recover.keep=all keeps them when a run is"
+            f" done){anew}"
         )
     problem = commit.damage(parent.dir / "checkpoints" / f"step-{step}")
     if problem:
@@ -79,25 +89,6 @@ def _step_to_fork(parent: Run, step: int | None) -> int:
             f"checkpoint step-{step} of {parent.name} is damaged: {problem}; there are others: {others}"
         )
     return step
-
-
-def _check_fork(config: Config, parent: Run, step: int) -> None:
-    """Refuses settings with which step N would not follow from the parent's: other pairs, or an end before it."""
-    before, now = config_module.to_tree(parent.config), config_module.to_tree(config)
-    changed = identity.changed(before, now)
-    order = {key: text for key, text in changed.items() if key == "seed" or key.startswith("train_dataset.")}
-    problems = []
-    if order:
-        problems.append(
-            f"a fork sees the pairs that its parent would have seen, and this changes them: {identity.told(order)}; to"
-            " train on others start a run with actor.path=MODEL_FOLDER (dpo-kit export)"
-        )
-    if config.total_train_steps and config.total_train_steps <= step:
-        problems.append(
-            f"total_train_steps = {config.total_train_steps} is not past step {step}, where the fork begins"
-        )
-    if problems:
-        raise ConfigError(problems)
 
 
 def _inherit(parent: Path, folder: Path, step: int) -> None:

@@ -5,7 +5,8 @@
     results = launch.spawn(my_module.fn, 1, 2)     a function on N ranks for a cell
 
 Whether a run outlives this process is a matter of who sits before it (`owners`). Everything that can be told
-without building data is checked before the folder is made, so that a mistake leaves nothing on disk.
+without building data is checked before the folder is made, so that a mistake leaves nothing on disk; what a run that
+exists may not go on with is refused before anything of it changes (`resuming`).
 
 Deliberately not here: what happens to a started run (supervisor, runs), Ray and Slurm (a later module).
 """
@@ -20,9 +21,10 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from dpo_kit import config as config_module
-from dpo_kit import devices, findings, identity, manifest, preflight, records, runs, watch
+from dpo_kit import devices, findings, identity, manifest, preflight, records, resuming, runs, watch
 from dpo_kit.config import Config
 from dpo_kit.errors import ConfigError, RunError, UserError
 from dpo_kit.owners import is_headless
@@ -113,29 +115,18 @@ def resume_in_foreground(run: Run) -> int:
         UserError: it is live, or somebody else is about to run it.
     """
     if run.is_live:
-        raise UserError(f"{run.name} is {run.state}; nothing to resume (dpo-kit runs show {run.name})")
+        show = manifest.command("show", run.dir)
+        raise UserError(f"{run.name} is {run.state}; nothing to resume ({show})")
     is_done = run.state == "done"
     if is_done:
         _say(f"{run.name} is done; nothing to resume")
     else:
+        if problem := runs.resume_problem(run):
+            raise UserError(problem)
         if not run.status.get("trained"):
-            _check_resume(run)
+            preflight.check(run.config)
         runs.begin_anew(run)
     return foreground(run, is_done)
-
-
-def _check_resume(run: Run) -> None:
-    """Refuses what the ranks of a run would stumble over, before anything of it is touched."""
-    config = run.config
-    try:
-        resolve_world(config, lambda _: None)
-    except UserError as error:
-        raise UserError(
-            f"{error}; to go on with others: dpo-kit train --config {run.dir / 'config.yaml'} recover.mode=auto"
-            " cluster.n_gpus_per_node=auto actor.backend=fsdp"
-        ) from None
-    runs.sweep(run)
-    preflight.check(config)
 
 
 def foreground(run: Run, is_done: bool) -> int:
@@ -187,12 +178,7 @@ def resolve_world(config: Config, say: Say | None = None) -> Config:
     if wanted == "auto":
         config.cluster.n_gpus_per_node = visible
     elif int(wanted) > visible:
-        raise ConfigError(
-            [
-                f"cluster.n_gpus_per_node = {wanted} is more than the {visible} CUDA devices that are visible here;"
-                f" use {visible}{' (CPU ranks)' if visible == 0 else ''}, or auto"
-            ]
-        )
+        raise ConfigError([devices.too_many(int(wanted), visible)])
     _fill_backend(config, automatic=wanted == "auto")
     config_module.check(config)
     say(_told(config, visible))
@@ -246,9 +232,10 @@ def _alike(config: Config) -> Run | None:
             differing = _differences(config, other)
             if not differing or config.trial_name is not None:
                 note = f"; its configuration differs: {identity.told(differing)}" if differing else ""
+                other_way = "another trial_name" if config.trial_name else "launch.start(..., new=True)"
                 _say(
-                    f"attached to the live run {run.dir} (step {run.status.get('step') or 0}){note};"
-                    " launch.start(..., new=True) starts another"
+                    f"attached to the live run {run.dir} (step {run.status.get('step') or 0}){note}; {other_way}"
+                    " starts another"
                 )
                 return run
     return None
@@ -264,82 +251,92 @@ def _open_trial(config: Config, kind: str, source: str | Path | None = None) -> 
     trial = config.trial_name or records.fresh_trial_name()
     config = replace(config, trial_name=trial)
     folder = records.run_folder(Path(config.cluster.fileroot), config.experiment_name, trial)
+    run = Run(folder)
     exists = (folder / "status.json").is_file()
-    if exists and _is_settled(config, Run(folder)):
-        return Run(folder), True
-    if exists:
-        runs.sweep(Run(folder))
-    if disk := preflight.check(config):
-        _say(disk)
+    is_done, note = _settled(config, run) if exists else (False, "")
+    disk = "" if is_done else preflight.check(config)
+    if not is_done and exists and (at := resuming.point(folder)):
+        compare_content(folder, at, config)
+    for line in filter(None, (note, disk)):
+        _say(line)
+    if is_done:
+        return run, True
+    source = None if source and Path(source).absolute().parent == folder else source
     made = manifest.build(config, named=named, owner=kind, source=source)
     made |= {"command": manifest.repeat_command(folder), "continue": manifest.continue_command(folder)}
     if exists:
-        runs.begin_anew(Run(folder), config, made)
-        return Run(folder), False
+        runs.begin_anew(run, config, made)
+        return run, False
     root, text = Path(config.cluster.fileroot), config_module.to_yaml(config)
     return Run(records.create(root, config.experiment_name, trial, config_text=text, manifest=made)), False
 
 
-def _is_settled(config: Config, run: Run) -> bool:
-    """True for a trial that exists and is done; False for one that may start anew.
+def compare_content(run_dir: Path, at: resuming.Point, config: Config) -> None:
+    """Compares what other places hold with what a run was trained on; building pairs may take its time.
+
+    Args:
+        run_dir: the run that `at` is of.
+        at: where it, or a fork of it (`Point.forked`), would go on.
+        config: what that would go on with.
 
     Raises:
-        UserError: it is live, it is done with another configuration, or `recover.mode` does not allow to go on.
+        UserError: it cannot be used, or is something else.
+    """
+    if not at.moved(config):
+        return
+    from dpo_kit import prepare  # loads transformers and torch: not for a start on the same places
+
+    if problem := resuming.refusal(run_dir, at, config, prepare.content(config)):
+        raise UserError(problem if at.is_fork else _of_trial(run_dir, problem))
+
+
+def _of_trial(run_dir: Path, problem: str) -> str:
+    return f"trial_name = {run_dir.name!r}: {problem}"
+
+
+def _settled(config: Config, run: Run) -> tuple[bool, str]:
+    """Whether a trial is done, else it may go on or start anew; and what to say of that. Changes nothing.
+
+    Raises:
+        UserError: it is live, it may not go on with this configuration, or `recover.mode` does not allow to go on.
     """
     status = run.status
     if run.is_live:
-        supervisor = status.get("supervisor") or {}
-        raise UserError(
-            f"trial_name = {run.dir.name!r}: {run.name} is {status['state']}, by process {supervisor.get('pid')} on"
-            f" {supervisor.get('host')}; stop it (dpo-kit runs stop {run.dir}) or use another trial_name"
+        supervisor, stop = status.get("supervisor") or {}, manifest.command("stop", run.dir)
+        problem = (
+            f"{run.name} is {status['state']}, by process {supervisor.get('pid')} on {supervisor.get('host')}; stop it"
+            f" ({stop}) or use another trial_name"
         )
-    if config.recover.mode != "auto":
-        raise UserError(
-            f"trial_name = {run.dir.name!r}: {run.name} exists and is {status['state']}; use another trial_name, or"
-            f" `dpo-kit runs resume {run.name}`, or recover.mode=auto"
-        )
-    differing, kept = _differences(config, run.config), run.checkpoints()
-    if status["state"] != "done":
-        is_bound = kept or status.get("trained")
-        refused = {key: text for key, text in differing.items() if is_bound and not identity.is_free(key)}
-        if refused:
-            what = f"has a checkpoint of step {kept[-1]}" if kept else "is trained"
-            raise UserError(
-                f"trial_name = {run.dir.name!r}: {run.name} {what} with another"
-                f" configuration ({identity.told(refused)}); use another trial_name, or fork it: dpo-kit runs fork"
-                f" {run.name} {' '.join(f'{key}=VALUE' for key in refused)}"
-            )
-        _check_length(config, run, kept)
-        if differing:
-            _say(f"{run.name} was {status['state']}; its configuration changes: {identity.told(differing)}")
-        return False
-    if differing and set(differing) <= set(identity.LENGTH) and kept:
-        _check_length(config, run, kept)
-        _say(f"{run.name} is done at step {status.get('step')}; going on: {identity.told(differing)}")
-        return False
-    if differing:
-        only = "; it kept no checkpoint to go on from (recover.keep=all keeps them)"
-        raise UserError(
-            f"trial_name = {run.dir.name!r}: {run.name} is done with another configuration"
-            f" ({identity.told(differing)}){only if set(differing) <= set(identity.LENGTH) else ''};"
-            " use another trial_name"
-        )
-    _say(f"{run.name} is done at step {status.get('step')}: skipped")
-    return True
+    elif config.recover.mode != "auto":
+        ways = ["use another trial_name"]
+        if status["state"] == "done" or not runs.resume_problem(run):
+            ways.append(f"`{manifest.continue_command(run.dir)}`")
+        if not _going_on(config, run, status)[1]:
+            ways.append("recover.mode=auto")
+        problem = f"{run.name} exists and is {status['state']}; {', or '.join(ways)}"
+    else:
+        is_done, problem, note = _going_on(config, run, status)
+        if not problem:
+            return is_done, note
+    raise UserError(_of_trial(run.dir, problem))
 
 
-def _check_length(config: Config, run: Run, kept: list[int]) -> None:
-    """Refuses a run that would have to end before its last checkpoint, before anything is written."""
-    old, total = run.config, run.status.get("total_steps")
-    limits = [config.total_train_steps] if config.total_train_steps else []
-    if total and not old.total_train_steps:
-        limits.append(int(total * config.total_train_epochs / old.total_train_epochs))
-    if kept and limits and min(limits) < kept[-1]:
-        raise UserError(
-            f"trial_name = {run.dir.name!r}: {run.name} has a checkpoint of step {kept[-1]}, and would have to end at"
-            f" step {min(limits)}; raise total_train_steps or total_train_epochs, or fork an earlier one: dpo-kit runs"
-            f" fork {run.name} --step N"
-        )
+def _going_on(config: Config, run: Run, status: dict[str, Any]) -> tuple[bool, str, str]:
+    """Whether a trial that has ended is done with this configuration, why it may not go on with it, and what to say."""
+    differing = _differences(config, run.config)
+    told, done_at = identity.told(differing), f"{run.name} is done at step {status.get('step')}"
+    if status["state"] == "done" and not differing:
+        return True, "", f"{done_at}: skipped"
+    is_longer = set(differing) <= set(identity.LENGTH)
+    if status["state"] != "done" or (is_longer and run.checkpoints()):
+        at = resuming.point(run.dir)
+        problem = resuming.refusal(run.dir, at, config) if at else resuming.lost(run.dir, [])
+        note = f"{run.name} was {status['state']}; its configuration changes: {told}" if told else ""
+        return False, problem, f"{done_at}; going on: {told}" if status["state"] == "done" else note
+    only = "; it kept no checkpoint to go on from (recover.keep=all keeps them)" if is_longer else ""
+    fork = resuming.fork_command(run.dir, config, list(differing))
+    ways = "use another trial_name" + (f", or fork it: {fork}" if fork else "")
+    return False, f"{run.name} is done with another configuration ({told}){only}; {ways}", ""
 
 
 def _differences(config: Config, other: Config) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from dpo_kit import findings, locks, manifest, records, watch
+from dpo_kit import findings, locks, manifest, records, resuming, watch
 from dpo_kit.display import plain_table
 from dpo_kit.errors import UserError
 from dpo_kit.files import read_json
@@ -60,11 +60,11 @@ def show_text(run: Run) -> str:
     owner = locks.lock_owner(run.dir)
     if owner:
         lines.append(f"  process  supervisor {owner['pid']} on {owner['host']}; ranks {status.get('ranks')}")
-        lines.append(f"  stop     dpo-kit runs stop {run.dir}")
+        lines.append(f"  stop     {manifest.command('stop', run.dir)}")
     versions = made.get("versions", {})
     lines.append(f"  made by  {', '.join(f'{name} {version}' for name, version in versions.items())}")
     lines.append(f"  repeat   {manifest.repeat_command(run.dir)}")
     if status.get("state") not in ("done", "queued", "running"):
-        lines.append(f"  continue {run.continue_command()}")
+        lines += [f"  next     {line}" for line in resuming.way_on(run.dir, status).splitlines()]
     lines.append(f"  folder   {run.dir} ({size_text(size_of(run.dir))})")
     return "\n".join(lines)

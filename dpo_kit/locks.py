@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import shlex
 import socket
 import time
 from collections.abc import Iterator
@@ -45,8 +46,8 @@ def take_lock(run_dir: Path) -> None:
         owner = lock_owner(run_dir)
         if owner is not None and not _is_mine(owner):
             raise UserError(
-                f"{run_dir} belongs to process {owner['pid']} on {owner['host']}, which is running it;"
-                " stop that run first (`dpo-kit runs stop`) or use another trial_name"
+                f"{run_dir} belongs to process {owner['pid']} on {owner['host']}, which is running it; stop that run"
+                f" first (dpo-kit runs stop {shlex.quote(str(run_dir))}) or use another trial_name"
             )
         atomic_write(Path(run_dir) / "lock.json", to_json(mine))
 

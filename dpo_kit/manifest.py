@@ -6,6 +6,7 @@ may hold secrets.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -20,6 +21,7 @@ import psutil
 import dpo_kit
 from dpo_kit import devices, halving, identity
 from dpo_kit.config import Config, load, project_root, to_tree
+from dpo_kit.errors import UserError
 from dpo_kit.files import atomic_write, read_json, to_json
 
 _PACKAGES = (
@@ -60,17 +62,59 @@ def build(config: Config, *, named: bool, owner: str, source: str | Path | None 
 
 def repeat_command(run_dir: Path) -> str:
     """The command that makes the same run again, under a fresh name and with the micro-batches it settled on."""
-    parent = read_json(run_dir / "manifest.json", {}).get("parent")
-    if parent:
-        words = [parent["folder"], "--step", str(parent["step"]), *parent.get("overrides", ())]
-        return shlex.join(["dpo-kit", "runs", "fork", *words])
-    config = shlex.quote(str(run_dir / "config.yaml"))
-    return " ".join([f"dpo-kit train --config {config} trial_name=null", *halving.overrides(run_dir)])
+    if made := parent(run_dir):
+        return fork_again_command(made)
+    return train_command(run_dir, *halving.overrides(run_dir), anew=True)
 
 
 def continue_command(run_dir: Path) -> str:
     """The command that continues this very folder from its last checkpoint, or starts it anew without one."""
-    return f"dpo-kit runs resume {shlex.quote(str(run_dir))}"
+    return command("resume", run_dir)
+
+
+def command(verb: str, run_dir: Path, *words: str) -> str:
+    """`dpo-kit runs VERB FOLDER ...`, which needs no fileroot."""
+    return shlex.join(["dpo-kit", "runs", verb, str(run_dir), *words])
+
+
+def train_command(run_dir: Path, *overrides: str, anew: bool = False) -> str:
+    """The command that starts this trial again with other settings, wherever its folder is now.
+
+    Args:
+        run_dir: the run folder.
+        overrides: dotted assignments.
+        anew: another run of the same settings instead, under a fresh name.
+    """
+    words = ["dpo-kit", "train", "--config", str(run_dir / "config.yaml")]
+    if anew:
+        return shlex.join([*words, "trial_name=null", *overrides])
+    places = {
+        "cluster.fileroot": str(run_dir.parent.parent),
+        "experiment_name": run_dir.parent.name,
+        "trial_name": run_dir.name,
+    }
+    with contextlib.suppress(UserError):
+        config = load(run_dir / "config.yaml")
+        written = (config.cluster.fileroot, config.experiment_name, config.trial_name)
+        places = {key: now for (key, now), was in zip(places.items(), written, strict=True) if now != was}
+    moved = [f"{key}={value}" for key, value in places.items()]
+    return shlex.join([*words, "recover.mode=auto", *moved, *overrides])
+
+
+def parent(run_dir: Path) -> dict[str, Any]:
+    """What a fork is of: `run`, `folder`, `step`, `overrides`; empty for a run that is none."""
+    made = read_json(run_dir / "manifest.json", {}).get("parent") or {}
+    if made and not Path(made["folder"]).is_dir():
+        beside = run_dir.parent.parent / made["run"]  # the runs were moved together
+        made = {**made, "folder": str(beside)} if beside.is_dir() else made
+    return made
+
+
+def fork_again_command(parent: dict[str, Any]) -> str:
+    """The command that makes the same fork once more."""
+    return command(
+        "fork", Path(parent["folder"]), "--step", str(parent["step"]), *parent.get("overrides", ())
+    )
 
 
 def write_commands(run_dir: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -136,23 +137,25 @@ def check_disk(config: Config) -> str:
     shape = _shape(config)
     if shape is None:
         return ""
-    root, there = Path(config.cluster.fileroot), 0
+    root, there, left = Path(config.cluster.fileroot), 0, list[Path]()
     if config.trial_name is not None:
-        there = len(commit.steps(root / config.experiment_name / config.trial_name / "checkpoints"))
+        own = root / config.experiment_name / config.trial_name / "checkpoints"
+        there, left = len(commit.steps(own)), commit.leftovers(own)
     number = max(0, memory.checkpoints_at_once(config) - there)
     checkpoints = number * memory.checkpoint_bytes(shape, config)
     exports = 1 + config.saver.best  # more when `saver` has a frequency, which only the data tell how often
     models = exports * shape.params * memory.DTYPE_BYTES[config.actor.dtype]
-    free = room.free_disk(root)
+    free = room.free_disk(root) + sum(map(room.size_of, left))  # they go before the run does
     told = (
         f"{number} checkpoint{'s' * (number != 1)} and {exports} model{'s' * (exports > 1)} need"
         f" {room.size_text(checkpoints + models)}, and {room.size_text(free)} are free"
     )
     if checkpoints + models > free:
+        where = shlex.quote(str(root))
         raise ConfigError(
             [
-                f"cluster.fileroot = {str(root)!r}: {told}; use recover.keep=1, free space (dpo-kit runs prune,"
-                " dpo-kit cache rm), or another cluster.fileroot"
+                f"cluster.fileroot = {str(root)!r}: {told}; use recover.keep=1, free space (dpo-kit runs prune"
+                f" --fileroot {where}, dpo-kit cache rm --fileroot {where}), or another cluster.fileroot"
             ]
         )
     return f"disk: {told}"

@@ -1,12 +1,14 @@
 """What comes before the ranks: `python -m dpo_kit.prepare RUN_DIR`, started by the supervisor.
 
 Makes the built-in models that the run names, checks that they are whole, fit their tokenizer and each other, and hold
-numbers; builds the pair stores, and leaves their folders in `data.json` and their fingerprints in `manifest.json`.
-A process of its own, so that it can be ended at any moment: what it writes is whole or not there.
+numbers; builds the pair stores, compares all of it with the checkpoint that the run would go on from, and leaves the
+stores' folders in `data.json` and their fingerprints in `manifest.json`. A process of its own, so that it can be ended
+at any moment: what it writes is whole or not there.
 
 Exit status: 0 done, 2 a user's mistake, 1 anything else; the cause stands in `logs/prepare.error.json`.
 
-Deliberately not here: how pairs are built (dataset), what is wrong with a folder (folders, model).
+Deliberately not here: how pairs are built (dataset), what is wrong with a folder (folders, model), what may go on from
+a checkpoint (resuming).
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from dpo_kit import builtin, findings, folders, inspection, preflight, records
+from dpo_kit import builtin, findings, folders, inspection, preflight, records, resuming
 from dpo_kit import config as config_module
 from dpo_kit.config import Config
 from dpo_kit.errors import ConfigError, UserError
@@ -29,17 +31,17 @@ from dpo_kit.preferences import PairStore
 def prepare(run_dir: Path) -> None:
     """Does all of it; see the module."""
     config = config_module.load(run_dir / "config.yaml")
-    paths = list(dict.fromkeys([config.actor.path, config.ref.path, config.tokenizer_path]))
-    ready = all(builtin.cached(path) for path in paths if path in builtin.NAMES)
+    ready = all(builtin.cached(path) for path in _models(config) if path in builtin.NAMES)
     records.write_progress(run_dir, phase="convert model", expected_s=1.0 if ready else None)
-    for path in paths:
-        builtin.ensure(path, _say)
-    check_models(config)
-    check_tokenizers(config)
+    make_models(config)
     check_values(config, _percent(run_dir))
     records.write_progress(run_dir, phase="build pairs")
-    stores = build_pairs(run_dir, config)
+    stores = build_pairs(config, _counter(run_dir))
+    report(stores)
     check_lengths(config, stores)
+    at = resuming.point(run_dir)
+    if at and (problem := resuming.refusal(run_dir, at, config, fingerprints(config, stores))):
+        raise UserError(problem)
     findings.write(run_dir, _inspect(config, stores))
     data = {split: None if store is None else str(store.path) for split, store in stores.items()}
     atomic_write(run_dir / "data.json", to_json(data, indent=1))
@@ -57,17 +59,61 @@ def prepare(run_dir: Path) -> None:
     atomic_write(run_dir / "manifest.json", to_json(manifest, indent=2))
 
 
-def build_pairs(run_dir: Path, config: Config) -> dict[str, Any]:
+def _models(config: Config) -> list[str]:
+    return list(dict.fromkeys([config.actor.path, config.ref.path, config.tokenizer_path]))
+
+
+def make_models(config: Config) -> None:
+    """Makes the built-in models that a configuration names; checks that all are whole and fit their tokenizer.
+
+    Raises:
+        UserError: they do not, or cannot be made.
+    """
+    for path in _models(config):
+        builtin.ensure(path, _say)
+    check_models(config)
+    check_tokenizers(config)
+
+
+def build_pairs(config: Config, progress: Callable[[int, int | None], None] | None = None) -> dict[str, Any]:
     """The pair stores by split: `train`, and `valid` (None without a valid_dataset)."""
     from dpo_kit import dataset
 
-    stores: dict[str, Any] = {"train": None, "valid": None}
-    for split in stores:
-        if split == "train" or config.valid_dataset is not None:
-            stores[split] = dataset.build(config, split, progress=_counter(run_dir))
-            train = stores["train"] if split != "train" else None
-            print(dataset.format_report(stores[split], train), flush=True)
+    stores: dict[str, Any] = {"train": dataset.build(config, "train", progress), "valid": None}
+    if config.valid_dataset is not None:
+        stores["valid"] = dataset.build(config, "valid", progress)
     return stores
+
+
+def report(stores: dict[str, Any]) -> None:
+    """Prints what became of the rows of each split."""
+    from dpo_kit import dataset
+
+    print(dataset.format_report(stores["train"]), flush=True)
+    if stores["valid"] is not None:
+        print(dataset.format_report(stores["valid"], stores["train"]), flush=True)
+
+
+def content(config: Config) -> dict[str, Any]:
+    """Fingerprints of what a configuration names, as `identity.refused` takes them; all that is needed is made.
+
+    Raises:
+        UserError: models or data cannot be used.
+    """
+    make_models(config)
+    return fingerprints(config, build_pairs(config))
+
+
+def fingerprints(config: Config, stores: dict[str, Any]) -> dict[str, Any]:
+    """`content` of pair stores that are built."""
+    known = folders.known_hashes(config.cluster.fileroot)
+    return {
+        **{split: None if store is None else store.fingerprint for split, store in stores.items()},
+        "weights": {
+            name: folders.fingerprint(builtin.ensure(path), known)
+            for name, path in (("actor", config.actor.path), ("ref", config.ref.path))
+        },
+    }
 
 
 def _inspect(config: Config, stores: dict[str, Any]) -> Iterator[Finding]:

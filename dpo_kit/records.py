@@ -69,6 +69,7 @@ _WORK_FOLDERS = ("logs", "evaluations", "tensorboard", "exports", "model")
 # What was trained or measured is set aside there when a trial starts anew, one folder an attempt.
 EARLIER = "earlier"
 _WORTH_KEEPING = ("metrics.jsonl", "exports", "model")
+MADE = (*_WORTH_KEEPING, EARLIER, "checkpoints")  # what would be a loss
 _MISSING = object()
 # Given up when the disk is full, so that the last word of a run can still be written.
 _RESERVE, _RESERVE_BYTES = ".reserve", 64 * 2**10
@@ -120,6 +121,11 @@ def run_folder(fileroot: Path, experiment: str, trial: str) -> Path:
                 f"{field}: {path} is a link; a run is written to real folders only, use another name"
             )
     return folder / trial
+
+
+def run_name(run_dir: Path) -> str:
+    """`experiment/trial`."""
+    return f"{run_dir.parent.name}/{run_dir.name}"
 
 
 def create(
@@ -191,12 +197,6 @@ def clear(run_dir: Path) -> str:
     told = _set_aside(run_dir, (*_WORK_FILES, *_WORK_FOLDERS))
     (run_dir / "logs").mkdir(exist_ok=True)
     return told
-
-
-def has_made(run_dir: Path) -> bool:
-    """Whether anything of a run lies in its folder that would be a loss."""
-    names = (*_WORTH_KEEPING, EARLIER, "checkpoints")
-    return any((run_dir / name).is_file() or any((run_dir / name).glob("*")) for name in names)
 
 
 def clear_requests(run_dir: Path) -> None:
@@ -288,6 +288,7 @@ def reset_status(run_dir: Path, **fields: Any) -> dict[str, Any]:
         "supervisor": None,
         "ranks": [],
         "message": "",
+        "mistake": False,  # a user's mistake ended it: the same again would end the same
         "phases": [],
         **fields,
     }

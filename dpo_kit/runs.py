@@ -13,13 +13,27 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
+import shlex
 import subprocess
 import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpo_kit import commit, halving, history, identity, locks, manifest, owners, records, supervisor, watch
+from dpo_kit import (
+    commit,
+    devices,
+    halving,
+    history,
+    identity,
+    locks,
+    manifest,
+    owners,
+    records,
+    resuming,
+    supervisor,
+    watch,
+)
 from dpo_kit import config as config_module
 from dpo_kit.config import Config
 from dpo_kit.display import table
@@ -56,7 +70,7 @@ class Run:
     @property
     def name(self) -> str:
         """`experiment/trial`."""
-        return f"{self.dir.parent.name}/{self.dir.name}"
+        return records.run_name(self.dir)
 
     @property
     def status(self) -> dict[str, Any]:
@@ -160,30 +174,31 @@ class Run:
         """Starts the supervisor on this folder again, from the last whole checkpoint; without one it starts anew.
 
         A run that is done or live is left as it is, and so says.
+
+        Raises:
+            UserError: it cannot go on; nothing of it was changed.
         """
         if self.state == "done":
             print(f"{self.name} is done; nothing to resume", flush=True)
         elif self.is_live:
             print(f"{self.name} is {self.state}; nothing to resume", flush=True)
         else:
+            if problem := resume_problem(self):
+                raise UserError(problem)
             begin_anew(self)
             start_supervisor(self)
         return self
 
     def epitaph(self) -> str:
-        """What ended the run, where its logs are, and the command that continues it."""
+        """What ended the run, where its logs are, and what may be done now (`resuming.way_on`)."""
         status = self.status
         where = f" at step {steps_text(status)}" if status.get("step") else ""
         lines = [f"{self.name}: {status.get('state')}{where}"]
         if status.get("message"):
             lines[0] += f": {status['message']}"
         if status.get("state") != "done":
-            lines += [f"logs: {self.dir / 'logs'}", f"to continue: {self.continue_command()}"]
+            lines += [f"logs: {self.dir / 'logs'}", resuming.way_on(self.dir, status)]
         return "\n".join(lines)
-
-    def continue_command(self) -> str:
-        """The command that runs this trial again."""
-        return manifest.continue_command(self.dir)
 
     def _follow(self, timeout: float | None, show: bool, view: Any = None) -> dict[str, Any]:
         """Shows the run until it ends; its last status."""
@@ -239,8 +254,9 @@ def find(text: str, fileroot: str | Path) -> Run:
         )
     if (Path(text).expanduser() / "status.json").is_file():
         return open(text)
+    listed = shlex.join(["dpo-kit", "runs", "list", "--fileroot", str(fileroot)])
     near = difflib.get_close_matches(text, [name for run in runs for name in (run.name, run.dir.name)], n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else "; `dpo-kit runs list` shows those there are"
+    hint = f"; did you mean {near[0]!r}?" if near else f"; `{listed}` shows those there are"
     raise UserError(f"{text!r} is no run under {fileroot} and no run folder{hint}")
 
 
@@ -256,7 +272,8 @@ def remove(run: Run, yes: bool = False) -> bool:
     if run.dir.is_symlink() or not (run.dir / "manifest.json").is_file():
         raise UserError(f"{run.dir} is a link, or holds no manifest.json of a run: remove it yourself")
     if run.is_live or locks.lock_owner(run.dir):
-        raise UserError(f"{run.name} is {run.state}; stop it first: dpo-kit runs stop {run.dir}")
+        stop = manifest.command("stop", run.dir)
+        raise UserError(f"{run.name} is {run.state}; stop it first: {stop}")
     size = size_text(size_of(run.dir))
     if not yes:
         print(f"{run.dir} ({size}) would be removed; add --yes to remove it", flush=True)
@@ -286,17 +303,15 @@ def begin_anew(run: Run, config: Config | None = None, made: dict[str, Any] | No
         made: the manifest that goes with it.
 
     Raises:
-        UserError: somebody else is about to run it, or its files do not allow it; nothing was changed.
+        UserError: somebody else is about to run it; nothing was changed.
     """
     sweep(run)  # before the lock, which a full disk has no room for
     with locks.lock(run.dir):
         before = records.read_status(run.dir)
         if records.is_live(before):
             raise UserError(
-                f"{run.name} is being started by another process; see `dpo-kit runs show {run.name}`"
+                f"{run.name} is being started by another process; see `{manifest.command('show', run.dir)}`"
             )
-        if config is None:
-            _check_files(run)
         kept = run.checkpoints()
         is_trained = bool(before.get("trained")) and (run.dir / "model").is_dir() and _is_same(run, config)
         told = ""
@@ -335,17 +350,25 @@ def sweep(run: Run) -> None:
                 commit.mend(place)
 
 
-def _check_files(run: Run) -> None:
-    """Reads what a run needs to go on, so that nothing is touched when it cannot."""
-    config_module.check(run.config)
+def resume_problem(run: Run) -> str:
+    """Why a run that has ended may not go on with its own settings, and what may be done; empty when it may.
+
+    Raises:
+        UserError: a file of it is damaged, or no checkpoint is whole.
+    """
+    config = run.config
+    config_module.check(config)
     halving.read(run.dir)
-    made = read_json(run.dir / "manifest.json", {})
-    if made.get("parent") and not run.checkpoints():
-        parent = made["parent"]
-        raise UserError(
-            f"{run.name} is a fork of {manifest.fork_text(parent)}, and has no checkpoint any more;"
-            f" fork again: dpo-kit runs fork {parent['folder']}"
-        )
+    at = resuming.point(run.dir)
+    if at is not None and at.trained:
+        return ""
+    problem = resuming.refusal(run.dir, at, config) if at else resuming.lost(run.dir, [])
+    if not problem and (
+        problem := devices.too_many(int(config.cluster.n_gpus_per_node), devices.visible_devices())
+    ):
+        others = ("cluster.n_gpus_per_node=auto", "actor.backend=fsdp", "ref.backend=fsdp")
+        problem += f"; to go on with others: {manifest.train_command(run.dir, *others)}"
+    return problem
 
 
 def _is_same(run: Run, config: Config | None) -> bool:

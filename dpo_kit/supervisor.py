@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -34,7 +35,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dpo_kit import commit, failures, halving, locks, manifest, records, watch
+from dpo_kit import commit, failures, halving, locks, manifest, records, resuming, watch
 from dpo_kit import config as config_module
 from dpo_kit.attend import Session, ask, attend, child_variables, kill, look, merge, popen
 from dpo_kit.errors import UserError
@@ -73,7 +74,7 @@ def supervise(
 
     Raises:
         UserError: another process runs this folder; or, in the foreground, a user's mistake was found before
-            any rank was started: the run folder is removed, and nothing is left.
+            any rank was started, or before a fork's first step: the run folder is removed, and nothing is left.
     """
     run_dir = Path(run_dir)
     config = config_module.load(run_dir / "config.yaml")
@@ -84,12 +85,18 @@ def supervise(
         records.reserve_room(run_dir)
         (run_dir / "logs").mkdir(exist_ok=True)
         state, message, mistake = _guarded(session, modules)
-        first = records.read_status(run_dir).get("attempt") == 1
-        if foreground and mistake and first and not session.started_ranks and not records.has_made(run_dir):
+        if foreground and mistake and _leaves_nothing(session):
             records.remove_folder(run_dir)
-            raise UserError(message)
-        _finish(session, state, message)
+            raise UserError(re.sub(r" \(logs/\S+\)$", "", message))  # the log is gone, too
+        _finish(session, state, message, mistake)
     return 2 if mistake else EXIT_CODES[state]
+
+
+def _leaves_nothing(session: Session) -> bool:
+    """Whether a mistake came so early that a new folder goes: before the ranks, or a fork's before their first step."""
+    is_first = records.read_status(session.run_dir).get("attempt") == 1
+    is_early = not session.started_ranks or bool(manifest.parent(session.run_dir))
+    return is_first and is_early and resuming.is_spare(session.run_dir)
 
 
 def _guarded(session: Session, modules: tuple[str, str, str]) -> tuple[str, str, bool]:
@@ -159,7 +166,7 @@ def _how_stopped(session: Session, codes: list[int | None]) -> str:
     return "as asked, with the state saved"
 
 
-def _finish(session: Session, state: str, message: str) -> None:
+def _finish(session: Session, state: str, message: str, mistake: bool) -> None:
     """Writes the last word, tells it, frees what nobody needs now, and keeps the times for the next run."""
     records.free_reserve(session.run_dir)
     with contextlib.suppress(Exception):  # progress that cannot be read must not hide how the run ended
@@ -170,7 +177,13 @@ def _finish(session: Session, state: str, message: str) -> None:
     if progress:
         phases = records.add_seconds(phases, progress["phase"], time.time() - progress["phase_started_at"])
     status = records.update_status(
-        session.run_dir, state=state, message=message, ended_at=time.time(), phases=phases, ranks=[]
+        session.run_dir,
+        state=state,
+        message=message,
+        mistake=mistake,
+        ended_at=time.time(),
+        phases=phases,
+        ranks=[],
     )
     records.clear_stop(session.run_dir)
     if state == "done" and session.config.recover.keep != "all":  # not before `done` is on the disk
@@ -312,9 +325,11 @@ def _too_long(session: Session, failed: failures.Failure, longest: int) -> str:
         ways.insert(0, "use actor.gradient_checkpointing=true")
     if config.actor.dtype != "bfloat16":
         ways.append("use actor.dtype=bfloat16")
+    # Which change what a step does: not from a checkpoint on.
+    where = " in another trial" if commit.steps(session.run_dir / "checkpoints") else ""
     return (
         f"rank {failed.rank} ran out of memory, and the longest pair alone ({longest:,} tokens) does not fit;"
-        f" {', or '.join(ways)} (logs/rank-{failed.rank}.log)"
+        f" {', or '.join(ways)}{where} (logs/rank-{failed.rank}.log)"
     )
 
 

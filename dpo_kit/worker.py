@@ -38,6 +38,7 @@ from dpo_kit import (
     packing,
     processes,
     records,
+    resuming,
 )
 from dpo_kit import config as config_module
 from dpo_kit.config import Config
@@ -136,13 +137,8 @@ def _run(run_dir: Path, config: Config, world: World, recorder: Recorder, should
 def check_micro_batch(config: Config, train: PairStore) -> None:
     """Refuses a micro-batch budget that the longest pair does not fit in."""
     longest = int(packing.pair_costs(train.all_lengths(), config.actor.share_prompt).max())
-    for name, spec in (("actor", config.actor.mb_spec), ("ref", config.ref.mb_spec)):
-        tokens = spec.max_tokens_per_mb
-        if tokens != "auto" and longest > int(tokens):
-            raise UserError(
-                f"{name}.mb_spec.max_tokens_per_mb = {tokens} is less than the longest pair ({longest} tokens); "
-                f"use {longest} or more, or lower train_dataset.max_length = {config.train_dataset.max_length}"
-            )
+    if problem := resuming.micro_batch_problem(config, longest):
+        raise UserError(f"{problem}, or lower train_dataset.max_length = {config.train_dataset.max_length}")
 
 
 # ---------------------------------------------------------------- the budget of micro-batches

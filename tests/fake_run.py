@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from dpo_kit import commit, halving, hangs, history, records
+from dpo_kit import config as config_module
 from dpo_kit.errors import DataError
 
 
@@ -44,7 +45,10 @@ def act(run_dir, part, action, rank):
         folder = run_dir / "checkpoints" / f"step-{arguments[0]}"
         staged = commit.stage(folder)
         (staged / "data").write_text("weights")
-        commit.seal(staged, folder, commit.hashes(staged, ["data"]))
+        config = config_module.to_tree(config_module.load(run_dir / "config.yaml"))
+        facts = {"step": arguments[0], "identity": {"config": config}}
+        (staged / commit.STATE).write_text(json.dumps(facts))
+        commit.seal(staged, folder, commit.hashes(staged, ["data", commit.STATE]))
     elif name == "attempts":  # one list of actions for each attempt; the last one for those that follow
         number = records.read_status(run_dir)["attempt"]
         for inner in arguments[min(number, len(arguments)) - 1]:

@@ -209,7 +209,7 @@ def test_other_data_are_refused(undisturbed, tmp_path):
     folder, _ = undisturbed
     store_of(random_pairs(46, seed=9), tmp_path / "pairs")
     shutil.copytree(folder / "run" / "checkpoints" / "step-6", tmp_path / "run" / "checkpoints" / "step-6")
-    with pytest.raises(UserError, match=r"the content of train: \w{12} -> \w{12}"):
+    with pytest.raises(UserError, match=r"the content of train_dataset: \w{12} -> \w{12}"):
         train_on(str(tmp_path))
 
 
@@ -219,7 +219,7 @@ def test_a_longer_run_goes_on(undisturbed, tmp_path):
 
 
 def test_a_shorter_run_is_refused(undisturbed, tmp_path):
-    with pytest.raises(UserError, match="step-12 is past the last step, 6"):
+    with pytest.raises(UserError, match="a checkpoint of step 12, and would have to end at step 6; raise"):
         continue_from(undisturbed[0], 12, tmp_path, "total_train_epochs=1")
 
 

@@ -244,7 +244,7 @@ def test_a_failing_rank_is_status_1_and_a_stopped_one_3(fakes):
     status, out, err = call("train", "--config", write_config(fakes.root), "trial_name=bad")
     assert status == 1
     assert err[0] == "cli/bad: failed: rank 0: ValueError: boom (logs/rank-0.log)"
-    assert err[-1].startswith("to continue: dpo-kit runs resume ")
+    assert err[-1].startswith("to start anew (it has no checkpoint): dpo-kit runs resume ")
     fakes.play({"0": [["exit", 3]]})
     status, out, err = call("train", "--config", write_config(fakes.root), "trial_name=preempted")
     assert status == 3
@@ -547,8 +547,3 @@ def test_bars_that_draw_over_themselves_still_do():
     for text in ("\rFetching: 50%|", "\r\x1b[A\rmore", "\rtraining: 3\x1b[K", "\x1b[A"):
         assert cli._for_terminals(text) == text
     assert cli._for_terminals("\rname \x1b[31m\x1b[K") == "\rname [U+001B][31m\x1b[K"
-
-
-def test_settings_do_not_change_under_a_resume(capsys):
-    assert cli.main(["runs", "resume", "exp/one", "actor.beta=0.5"]) == 2
-    assert "for others: dpo-kit runs fork RUN actor.beta=0.5" in capsys.readouterr().err

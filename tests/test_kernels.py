@@ -221,4 +221,4 @@ def test_papermill_exits_with_the_cause_in_the_last_cell(papermill, fakes):
     error = book.cells[-1].outputs[-1]
     assert error.ename == "RunError"
     assert "failed: rank 1: ValueError: boom (logs/rank-1.log)" in error.evalue
-    assert "to continue: dpo-kit runs resume" in error.evalue
+    assert "to start anew (it has no checkpoint): dpo-kit runs resume" in error.evalue

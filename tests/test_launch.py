@@ -170,7 +170,7 @@ def test_a_reference_with_another_tokenizer_is_refused(fakes):
         ("other", {"a": 0, "c": 1}),
         ("same", {"b": 1, "a": 0}),
     ]:
-        (fakes.root / name).mkdir()
+        shutil.copytree(builtin.ensure("tiny-random"), fakes.root / name)
         text = json.dumps({"model": {"vocab": vocabulary}, "added_tokens": [{"content": "<e>", "id": 2}]})
         (fakes.root / name / "tokenizer.json").write_text(text)
     own = ["actor.path=own", "tokenizer_path=own"]
@@ -190,7 +190,8 @@ def test_a_named_trial_that_exists_is_refused_naming_three_ways(fakes):
     with pytest.raises(UserError) as caught:
         launch.start(fakes.config("trial_name=one"))
     told = str(caught.value)
-    assert "exp/one exists and is done; use another trial_name, or `dpo-kit runs resume exp/one`, or" in told
+    way = f"`dpo-kit runs resume {fakes.fileroot}/exp/one`"
+    assert f"exp/one exists and is done; use another trial_name, or {way}, or" in told
     assert told.endswith("recover.mode=auto")
     assert "\n" not in told
 
@@ -235,7 +236,7 @@ def test_another_configuration_does_not_go_on_from_a_checkpoint(fakes):
         UserError, match=r"actor.beta: 0.1 -> 0.2\); use another trial_name, or fork it"
     ) as told:
         launch.start(fakes.config("trial_name=one", "recover.mode=auto", "actor.beta=0.2"))
-    assert "dpo-kit runs fork exp/one actor.beta=VALUE" in str(told.value)
+    assert str(told.value).endswith(f"dpo-kit runs fork {run.dir} --step 2 actor.beta=0.2")
     assert (run.dir / "config.yaml").read_text() == before
     assert run.state == "stopped"
 
@@ -367,7 +368,7 @@ def test_a_fork_of_a_step_that_is_not_kept_lists_those_that_are(fakes):
     with pytest.raises(UserError, match="exp/one has no whole checkpoint: checkpoint step-2 is damaged"):
         forks.fork(parent)
     commit.discard(parent.dir / "checkpoints" / "step-2")
-    with pytest.raises(UserError, match="has no checkpoint; it has none"):
+    with pytest.raises(UserError, match=r"has no checkpoint \(recover.freq_steps makes them"):
         forks.fork(parent)
     assert fakes.folders() == ["exp/one"]
 
@@ -531,7 +532,7 @@ def test_a_failing_rank_raises_with_cause_logs_and_the_way_on(fakes):
     first, logs, way = str(caught.value).splitlines()
     assert first == f"{run.name}: failed: rank 1: ValueError: boom (logs/rank-1.log)"
     assert logs == f"logs: {run.dir}/logs"
-    assert way == f"to continue: dpo-kit runs resume {run.dir}"
+    assert way == f"to start anew (it has no checkpoint): dpo-kit runs resume {run.dir}"
     assert (caught.value.run_dir, caught.value.state) == (run.dir, "failed")
 
 
@@ -582,6 +583,7 @@ def test_what_checkpoints_need_of_the_disk_is_told(fakes, capsys, model_cache):
     )
 
 
+DATA = {"train": {"fingerprint": "abc", "num_pairs": 24}}
 ZERO = {"run": "exp/zero", "folder": "/runs/exp/zero", "step": 2}
 
 
@@ -591,7 +593,7 @@ def trained(fakes, *overrides):
     (run.dir / "model").mkdir()
     (run.dir / "model" / "weights").write_text("x")
     made = read_json(run.dir / "manifest.json")
-    (run.dir / "manifest.json").write_text(json.dumps({**made, "data": {"train": 1}, "parent": ZERO}))
+    (run.dir / "manifest.json").write_text(json.dumps({**made, "data": DATA, "parent": ZERO}))
     records.update_status(run.dir, state="failed", trained=True)
     return run
 
@@ -604,17 +606,27 @@ def test_a_trained_run_keeps_what_it_was_made_from(fakes, capsys):
     ).wait()
     assert "exp/one is trained; what is left is done now" in capsys.readouterr().out
     made = read_json(again.dir / "manifest.json")
-    assert (made["data"], made["parent"]) == ({"train": 1}, ZERO)
+    assert (made["data"], made["parent"]) == (DATA, ZERO)
     assert (run.dir / "model" / "weights").exists()
 
 
-@pytest.mark.parametrize("override", ["total_train_epochs=2", "actor.path=smollm2-135m-instruct"])
-def test_a_trained_run_is_not_taken_for_another(fakes, override):
+def test_a_trained_run_is_not_taken_for_a_longer_one(fakes):
     run = trained(fakes)
-    config = fakes.config("trial_name=one", "recover.mode=auto", override, "ref.path=${actor.path}")
+    config = fakes.config("trial_name=one", "recover.mode=auto", "total_train_epochs=2")
     launch._open_trial(launch.resolve_world(config), "foreground")
     assert not records.read_status(run.dir).get("trained")
     assert (run.dir / "earlier" / "attempt-1" / "model" / "weights").exists()
+
+
+def test_a_trained_run_is_not_taken_for_one_of_other_data(fakes):
+    run = trained(fakes)
+    shutil.copy(fakes.root / "data.jsonl", fakes.root / "other.jsonl")
+    with pytest.raises(
+        UserError, match=r"exp/one is trained from other data or weights .*the content of train_dataset: abc"
+    ):
+        launch.start(fakes.config("trial_name=one", "recover.mode=auto", "train_dataset.path=other.jsonl"))
+    assert run.status["trained"]
+    assert (run.dir / "model" / "weights").exists()
 
 
 def test_wrong_data_never_remove_a_folder_that_holds_something(fakes):
