@@ -236,23 +236,24 @@ def mimebundle(figure: go.Figure) -> dict[str, Any]:
     bundle: dict[str, Any] = {"application/vnd.plotly.v1+json": figure.to_plotly_json()}
     try:
         bundle["image/png"] = base64.b64encode(picture.png(figure, WIDTH, HEIGHT)).decode("ascii")
-    except (ImportError, ValueError) as error:
-        text += f" (no picture for static viewers: {error})"
+    except Exception as error:  # a picture beside the chart: whatever went wrong, the chart itself is there
+        why = " ".join(str(error).split())[:160] or type(error).__name__
+        text += f" (no picture for static viewers: {why})"
     return {**bundle, "text/plain": text}
 
 
 def describe(figure: go.Figure) -> str:
     """One line on a figure: the title of each panel and the last training value of each of its curves."""
     panels = [_unlabel(a.text) for a in figure.layout.annotations or ()]
-    curves = [trace for trace in figure.data if trace.type == "scatter" and trace.meta]
-    if not curves:
+    curves = [trace for trace in figure.data if trace.type == "scatter" and isinstance(trace.meta, str)]
+    if not curves or not panels:
         return f"Chart ({', '.join(sorted({trace.type for trace in figure.data}))})."
     said: dict[str, list[str]] = {}
     for trace in curves:
-        values = [(x, y) for x, y in zip(trace.x or (), trace.y or (), strict=True) if y is not None]
-        if values and trace.mode != "markers":
-            panel = panels[int((trace.xaxis or "x")[1:] or 1) - 1]
-            said.setdefault(panel, []).append(f"{_unlabel(trace.meta)} {values[-1][1]:.3f}")
+        values = [y for y in (trace.y if trace.y is not None else ()) if isinstance(y, int | float)]
+        number = int((trace.xaxis or "x")[1:] or 1)
+        if values and trace.mode != "markers" and number <= len(panels):
+            said.setdefault(panels[number - 1], []).append(f"{_unlabel(trace.meta)} {values[-1]:.3f}")
     parts = [f"{panel}: {', '.join(curves)}" for panel, curves in said.items()]
     return "Chart of the last values. " + (". ".join(parts) if parts else "Nothing recorded yet") + "."
 

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from dpo_kit import picture, plots
+from dpo_kit import picture, plots, traces
 from tests.test_plots import LINES, line
 
 go = pytest.importorskip("plotly.graph_objects")
@@ -112,8 +112,8 @@ def test_cells_of_a_heat_map_have_the_scales_colours_and_undefined_ones_none():
 
 def test_cells_carry_their_values():
     made = go.Heatmap(z=[[0.25]], texttemplate="%{z:.1%} %{text}", text=[["<b>&lt;x&gt;</b>"]])
-    assert picture._filled(made.texttemplate, 0.25, made.text[0][0]) == "25.0% <x>"
-    assert picture._filled(made.texttemplate, float("nan"), "") == ""
+    assert traces.filled(made.texttemplate, 0.25, made.text[0][0]) == "25.0% <x>"
+    assert traces.filled(made.texttemplate, float("nan"), "") == ""
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_axes_that_match_have_one_range():
     figure = plots.reward_grid([("large", large), ("small", LINES)])
     drawn_on = picture._Panels(matplotlib_figure.Figure(), figure, 840, 330)
     for trace in figure.data:
-        drawn_on.draw(trace)
+        drawn_on.draw(0, trace)
     drawn_on.finish()
     limits = {axes.get_ylim() for axes in drawn_on.axes.values()}
     assert len(limits) == 1
@@ -171,9 +171,120 @@ def test_a_logarithmic_axis_is_one():
     assert {round(at) for at in (50, 50 + 160, 50 + 320)} <= set(columns.tolist())
 
 
-def test_another_kind_of_trace_is_said_not_drawn():
-    with pytest.raises(ValueError, match="pie traces are not drawn"):
-        picture.png(go.Figure(go.Pie(values=[1, 2])), WIDTH, HEIGHT)
+POINTS = {"x": [1, 2], "y": [1, 2]}
+OVER = {"overlaying": "y", "side": "right"}
+
+
+@pytest.mark.parametrize(
+    ("figure", "told"),
+    [
+        (go.Figure(go.Pie(values=[1, 2])), "pie traces"),
+        (go.Figure([go.Bar(x=["a"], y=[1]), go.Bar(x=["a"], y=[2])], {"barmode": "stack"}), "barmode=stack"),
+        (go.Figure(go.Bar(x=["a"], y=[1], base=[3])), "bar: base"),
+        (
+            go.Figure(go.Bar(x=["a"], y=[1], marker={"color": ["red"]})),
+            "markers that differ from point to point",
+        ),
+        (go.Figure(go.Scatter(**POINTS, fill="tozeroy")), "scatter: fill"),
+        (go.Figure(go.Scatter(**POINTS, error_y={"array": [1, 1]})), "scatter: error_y"),
+        (go.Figure(go.Scatter(**POINTS, line={"shape": "hv"})), "scatter.line: shape"),
+        (go.Figure(go.Scatter(**POINTS, mode="markers+text")), "texts at points"),
+        (go.Figure(go.Scatter(x=["2026-01-01", "2026-01-02"], y=[1, 2])), "axes of dates"),
+        (
+            go.Figure([go.Scatter(**POINTS), go.Scatter(**POINTS, yaxis="y2")], {"yaxis2": OVER}),
+            "yaxis2: overlaying",
+        ),
+        (go.Figure(go.Scatter(**POINTS), {"shapes": [{"type": "line"}]}), "layout: shapes"),
+        (go.Figure(go.Scatter(**POINTS), {"xaxis": {"tickvals": [1], "ticktext": ["one"]}}), "xaxis: tick"),
+        (
+            go.Figure(go.Scatter(**POINTS), {"annotations": [{"text": "here", "x": 1, "y": 1}]}),
+            "annotations inside",
+        ),
+        (go.Figure(go.Heatmap(z=[[1, 2]], x=["a", "a"])), "heat maps with repeated"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_not_drawn_is_said_instead_of_a_picture_of_something_else(figure, told):
+    with pytest.raises(ValueError, match=told):
+        picture.png(figure, WIDTH, HEIGHT)
+    bundle = plots.mimebundle(figure)
+    assert "image/png" not in bundle
+    assert f"(no picture for static viewers: {told}" in bundle["text/plain"] or told in bundle["text/plain"]
+
+
+def test_whatever_goes_wrong_with_a_picture_the_chart_is_there(monkeypatch):
+    monkeypatch.setattr(picture, "png", lambda *_: 1 // 0)
+    bundle = plots.mimebundle(plots.loss(("one", LINES)))
+    assert "application/vnd.plotly.v1+json" in bundle
+    assert "integer division" in bundle["text/plain"]
+
+
+def test_one_cell_is_a_cell():
+    made = go.Heatmap(z=[[3]], x=["a"], y=["b"], colorscale=[[0, "#0072B2"], [1, "#0072B2"]], showscale=False)
+    free = {"showgrid": False}
+    assert is_colour(drawn(bare(made, xaxis=free, yaxis=free)), "#0072B2").sum() == pytest.approx(
+        320 * 200, rel=0.02
+    )
+
+
+def test_columns_of_numpy_and_plotlys_own_json_are_read():
+    trace = {"type": "scatter", "x": np.arange(3.0), "y": np.array([2.0, np.inf, 8.0]), "mode": "markers"}
+    trace["marker"] = {"color": "#D55E00", "size": 9, "symbol": "square"}
+    figure = bare(trace)
+    again = go.Figure(figure.to_plotly_json())
+    assert isinstance(again.data[0].to_plotly_json()["x"], dict | np.ndarray)
+    for made in (figure, again):
+        rows, _ = np.nonzero(is_colour(drawn(made), "#D55E00"))
+        assert {at(0, 2)[0], at(2, 8)[0]} <= set(rows.tolist())
+        assert len(rows) < 2 * 11 * 11
+
+
+def test_bars_are_as_wide_as_their_distances_allow():
+    for apart in (0.1, 100):
+        made = go.Bar(x=[apart, 2 * apart, 3 * apart], y=[5, 5, 5], marker={"color": "#0072B2"})
+        free = {"showgrid": False, "zeroline": False}
+        found = is_colour(drawn(bare(made, xaxis=free)), "#0072B2")
+        inside = found[at(0, 2.5)[0], 50:370]
+        assert inside.mean() == pytest.approx(0.8, abs=0.05)
+        assert np.abs(np.diff(inside.astype(int))).sum() in (5, 6)  # three blocks, apart from each other
+
+
+def test_a_style_of_ones_own_changes_nothing():
+    from matplotlib import rc_context
+
+    figure = plots.rewards(("one", LINES))
+    before = picture.png(figure, 840, 340)
+    with rc_context(
+        {"axes.facecolor": "black", "savefig.bbox": "tight", "lines.linestyle": ":", "text.usetex": True}
+    ):
+        assert picture.png(figure, 840, 340) == before
+
+
+def test_ticks_that_would_run_together_are_fewer_and_large_numbers_short():
+    many = [line(step, 0.5, 0.1, -0.1, 1.0) for step in range(0, 40_001, 400)]
+    figure = plots.loss(("long", many))
+    figure.update_xaxes(dtick=1)
+    panels = picture._Panels(matplotlib_figure.Figure(), figure, 840, 340)
+    for i, trace in enumerate(figure.data):
+        panels.draw(i, trace)
+    panels.finish()
+    (axes,) = panels.axes.values()
+    texts = [axes.xaxis.get_major_formatter()(at, 0) for at in axes.xaxis.get_major_locator()()]
+    assert len(texts) < 12
+    assert {"0", "10k", "20k"} <= set(texts)
+
+
+def test_a_legend_that_does_not_fit_says_how_many_are_left_out():
+    runs = [(f"run {i} " + "x" * 90, LINES) for i in range(60)]
+    canvas = matplotlib_figure.Figure(figsize=(8.4, 6.0))
+    panels = picture._Panels(canvas, plots.rewards(runs), 840, 600)
+    handles = [
+        (handle, name) for handle, name in ((canvas.add_artist(picture._nothing()), n) for n, _ in runs)
+    ]
+    picture._draw_legend(canvas, handles, panels.box, 840, 600)
+    names = [text.get_text() for text in canvas.legends[0].get_texts()]
+    assert all(len(name) <= 40 for name in names)
+    assert names[-1] == f"… and {61 - len(names)} more"
 
 
 def test_a_home_that_cannot_be_written_and_no_browser_say_nothing(tmp_path):
