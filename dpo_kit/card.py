@@ -57,7 +57,8 @@ def model_card(config: Config, metrics: list[dict[str, Any]], found: Sequence[Fi
     for name in CURVES:
         values = [m[name] for m in steps if m.get(name) is not None]
         if values:
-            lines.append(f"| `{name}` | {values[0]:.4g} | {values[-1]:.4g} | `{sparkline(values)}` |")
+            first = "undefined" if steps[0].get(name) is None else f"{values[0]:.4g}"
+            lines.append(f"| `{name}` | {first} | {values[-1]:.4g} | `{sparkline(values)}` |")
     if evaluations:
         lines += [
             "",

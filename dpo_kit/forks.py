@@ -106,7 +106,7 @@ def _inherit(parent: Path, folder: Path, step: int) -> None:
             f"{parent} removed its checkpoint of step {step} meanwhile (recover.keep); fork again, or name a later one"
             " with --step"
         )
-    for name in ("metrics.jsonl", "evaluations"):
+    for name in ("metrics.jsonl", "evaluations", "findings.json"):
         if (parent / name).is_dir():
             shutil.copytree(parent / name, folder / name)
         elif (parent / name).exists():

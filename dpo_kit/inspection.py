@@ -7,6 +7,7 @@ that need a model's weights (`doctor`), refusals (`preflight`, `dataset`).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from dpo_kit.config import Config
@@ -18,6 +19,11 @@ from dpo_kit.preferences import PairStore
 from dpo_kit.readers import listed
 
 TEXTS_LOOKED_AT = 96  # pairs
+_SAID = {
+    EMPTY: "with an empty response: fill them in, or remove those rows",
+    REPEATED: "that repeat an earlier one",
+    CONTRADICTORY: "that contradict an earlier one (chosen and rejected swapped)",
+}
 DROPPED = "dropped"  # name of findings on rows that are left out
 
 
@@ -29,7 +35,8 @@ def settings(config: Config, model_config: Mapping[str, Any]) -> Iterator[Findin
         model_config: the policy's `config.json`.
     """
     actor, train, valid = config.actor, config.train_dataset, config.valid_dataset
-    if valid is not None and valid.path == train.path and valid.split == train.split and not valid.from_train:
+    whole = valid if valid is not None and valid.path == train.path and not valid.from_train else None
+    if whole and (whole.split == train.split or Path(train.path).is_file()):  # a file has no splits
         text = f"valid_dataset is the training data ({train.path}): held-out figures mean nothing"
         yield Finding("bad", "held-out", f"{text}; use valid_dataset.path=null valid_dataset.from_train=0.05")
     if actor.optimizer.lr == 0:
@@ -57,7 +64,7 @@ def pairs(train: PairStore, valid: PairStore | None) -> Iterator[Finding]:
     if valid is not None and (count := shared_prompts(train, valid)):
         text = f"{count} of {len(valid)} held-out pairs have a prompt that is also in training"
         remedy = "held-out figures look better than they are; use valid_dataset.path=null valid_dataset.from_train=0.05"
-        yield Finding("look", "held-out", f"{text}: {remedy}")
+        yield Finding("bad" if count == len(valid) else "look", "held-out", f"{text}: {remedy}")
 
 
 def _rows(title: str, store: PairStore) -> Iterator[Finding]:
@@ -71,15 +78,20 @@ def _rows(title: str, store: PairStore) -> Iterator[Finding]:
         share = sum(dropped.values()) / rows
         level = "bad" if share > WARN_DROPPED_SHARE else "look"
         text = f"{sum(dropped.values())} of {rows} {title} rows are dropped ({reasons})"
-        yield Finding(level, DROPPED, text, first)
-    if made["unused_columns"]:
-        yield Finding(
-            "look", title, f"columns of the {title} data that are not used: {listed(made['unused_columns'])}"
+        if dropped.get(TOO_LONG) == max(dropped.values()) and level == "bad":
+            section = "train" if title == "training" else "valid"
+            text += f"; a larger {section}_dataset.max_length keeps more"
+        yield Finding(level, DROPPED if title == "training" else title, text, first)
+    if count := len(made["unused_columns"]):
+        text = (
+            f"{count} column{'s' * (count > 1)} of the {title} data {'are' if count > 1 else 'is'} not used"
         )
-    for note, level in ((EMPTY, "bad"), (REPEATED, "look"), (CONTRADICTORY, "look")):
+        yield Finding("look", title, text, listed(made["unused_columns"]))
+    for note in (EMPTY, REPEATED, CONTRADICTORY):
         if count := made["notes"].get(note):
-            what = "have an empty response" if note == EMPTY else note.removeprefix("kept that ")
-            yield Finding(level, title, f"{count} of {made['kept']} {title} pairs {what}")
+            text = f"{count} of {made['kept']} {title} pairs {_SAID[note]}"
+            is_bad = note == EMPTY and count > WARN_DROPPED_SHARE * made["kept"]
+            yield Finding("bad" if is_bad else "look", title, text)
 
 
 def texts(store: PairStore, tokenizer: Any, own: Any) -> Iterator[Finding]:

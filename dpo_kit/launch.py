@@ -45,6 +45,7 @@ __all__ = [
 
 Say = Callable[[str], None]
 _STARTED_S = 20.0
+_LONG_AGO_S = 60.0
 
 
 def start(config: Config, new: bool = False, *, owner: str | None = None, detached: bool = False) -> Run:
@@ -133,8 +134,10 @@ def foreground(run: Run, is_done: bool) -> int:
     """Supervises a queued run in this process; its exit status."""
     code = 0 if is_done else supervise(run.dir, foreground=True)
     if code == 0 and not is_done and (figures := watch.last_figures(run.dir)):
-        for finding in findings.read(run.dir):  # again: hours may lie between
-            _say(str(finding))
+        status = run.status
+        if status["ended_at"] - status["started_at"] > _LONG_AGO_S:
+            for finding in findings.read(run.dir):  # again, beside the figures
+                _say(str(finding))
         _say(figures)
     if code != 0:
         print(run.epitaph(), file=sys.stderr, flush=True)

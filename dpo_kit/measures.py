@@ -103,8 +103,8 @@ def swapped_columns(store: PairStore, values: Tensor | None) -> Iterator[Finding
     rows = np.flatnonzero(np.isfinite(logps).all(1))
     # Nats a token: the sum would follow the lengths.
     tokens = store.lengths_of(rows)[:, 1:] - np.maximum(np.asarray(store.prompt)[rows], 1)[:, None]
-    a_token = logps[rows] / np.maximum(tokens, 1)
-    wins, num_pairs = int((a_token[:, 0] > a_token[:, 1]).sum()), len(rows)
+    a_token = np.unique(logps[rows] / np.maximum(tokens, 1), axis=0)  # a pair that repeats is one toss
+    wins, num_pairs = int((a_token[:, 0] > a_token[:, 1]).sum()), len(a_token)
     chance = at_most(wins, num_pairs)
     if chance < SWAPPED_P and wins <= SWAPPED_SHARE * num_pairs:
         yield Finding(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import re
 import shlex
 import sys
 import threading
@@ -73,9 +74,12 @@ def guard_parameters() -> None:
 def _refuse_names(lines: list[str]) -> list[str]:
     """An input transformer of IPython, which shows what it raises in place of running the cell."""
     given: dict[str, Any] = {}
-    for line in lines[1:] if lines and lines[0].startswith(_INJECTED) else ():
+    known = {*parameter_names(), *SWEEP_NAMES}
+    for line in lines[1:] if lines and lines[0].strip() == _INJECTED else ():
         name, equals, text = line.rstrip().partition(" = ")
-        if equals and not name.isidentifier() and not line[0].isspace():
+        # `plots.WIDTH = 900` is somebody's own line in such a cell.
+        is_injected = re.fullmatch(r"\w+(?:[.-]\w+)+", name) and (name.split(".")[0] in known or "-" in name)
+        if equals and is_injected:
             given[name] = text
             with contextlib.suppress(ValueError, SyntaxError):
                 given[name] = ast.literal_eval(text)

@@ -42,7 +42,8 @@ def prepare(run_dir: Path) -> None:
     at = resuming.point(run_dir)
     if at and (problem := resuming.refusal(run_dir, at, config, fingerprints(config, stores))):
         raise UserError(problem)
-    findings.write(run_dir, _inspect(config, stores))
+    before = [found for found in findings.read(run_dir) if at and found.name in findings.OF_RANKS]
+    findings.write(run_dir, [*_inspect(config, stores), *before])
     data = {split: None if store is None else str(store.path) for split, store in stores.items()}
     atomic_write(run_dir / "data.json", to_json(data, indent=1))
     manifest = read_json(run_dir / "manifest.json", {})

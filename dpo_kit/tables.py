@@ -19,6 +19,7 @@ from dpo_kit.config import Config
 from dpo_kit.display import Html
 from dpo_kit.errors import UserError
 from dpo_kit.files import read_json
+from dpo_kit.findings import Finding
 from dpo_kit.preferences import PairStore
 from dpo_kit.runs import Run
 
@@ -37,11 +38,20 @@ def findings_list(runs: Sequence[Run], about: Collection[str] | None = None) -> 
     """What a reader of the runs' figures should know, each line once; nothing where no check found anything.
 
     Args:
+        runs: what not all of them share is told with their names.
         about: only findings of these names.
     """
-    found = dict.fromkeys(finding for run in runs for finding in findings.read(run.dir))
-    shown = [finding for finding in found if about is None or finding.name in about]
-    return display.stack(*(display.notice(finding.level, finding.told) for finding in shown))
+    found: dict[Finding, list[str]] = {}
+    for run in runs:
+        for finding in findings.read(run.dir):
+            if about is None or finding.name in about:
+                found.setdefault(finding, []).append(run.dir.name)
+    return display.stack(
+        *(
+            display.notice(f.level, f.told if len(names) == len(runs) else f"{', '.join(names)}: {f.told}")
+            for f, names in found.items()
+        )
+    )
 
 
 def phases_table(run: Run) -> Html:

@@ -46,7 +46,7 @@ def test_the_card_holds_settings_curves_and_held_out_numbers(tmp_path):
     assert card.startswith("---\nlibrary_name: transformers\n")
     assert "(`sigmoid`, beta 0.25), 2 steps" in card
     assert "| `dpo/loss` | 0.6931 | 0.5 | `█▁` |" in card
-    assert "| `dpo/reward_accuracy` | 0.75 | 0.75 | `▁` |" in card
+    assert "| `dpo/reward_accuracy` | undefined | 0.75 | `▁` |" in card
     assert "| 0 | 0.6000 | undefined (all ties) | 0.1 |" in card
     assert "| 2 | 0.6000 | 62.5% | 0.1 |" in card
     assert "```yaml\nexperiment_name: dpo\n" in card

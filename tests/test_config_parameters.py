@@ -180,9 +180,17 @@ def test_the_way_that_is_shown_for_dotted_names_works():
     (line,) = refused(**dotted)
     assert line.startswith("saver.best, ref.path, train_dataset.name, actor.beta are not parameters of this ")
     *short, option, name, value = shlex.split(line.rpartition("; give ")[2])
-    assert (short, option, name) == (["-p", "beta", "3", "or"], "-p", "overrides")
+    assert (short, option, name) == ([], "-p", "overrides")  # -p beta 3 alone would leave the others out
     c, _ = notebook(overrides=value, evaluator={"num_samples": 0})
     assert (c.saver.best, c.ref.path, c.train_dataset.name, c.actor.beta) == (True, "it's", c.actor.path, 3.0)
+
+
+def test_short_names_are_shown_where_they_say_all_of_it():
+    (line,) = refused(**{"actor.beta": 0.2, "actor.optimizer.lr": 1e-5})
+    *short, option, name, value = shlex.split(line.rpartition("; give ")[2])
+    assert (short, option, name) == (["-p", "beta", "0.2", "-p", "lr", "1e-05", "or"], "-p", "overrides")
+    c, _ = notebook(overrides=value)
+    assert (c.actor.beta, c.actor.optimizer.lr) == (0.2, 1e-5)
 
 
 def test_wrong_values_from_every_place_are_shown_together():

@@ -149,7 +149,7 @@ def test_responses_that_end_twice(tmp_path):
 def test_empty_responses(tmp_path):
     data = rows_file(tmp_path / "pairs.jsonl", pairs(rejected=""))
     found = examined(tmp_path, f"train_dataset.path={data}", "valid_dataset=null")
-    assert "12 of 12 training pairs have an empty response" in found["data"].text
+    assert "12 of 12 training pairs with an empty response" in found["data"].text
 
 
 def test_rows_that_cannot_be_used(tmp_path):

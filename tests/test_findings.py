@@ -58,6 +58,10 @@ def test_tables_show_them_escaped_once_and_by_what_they_are_about(tmp_path):
     assert shown.text.split("\n") == [str(BAD), str(LOOK)]
     assert "<b>secret" not in shown._repr_html_()
     assert findings_list([Folder(tmp_path)], about=("settings",)).text == str(BAD)
+    (tmp_path / "other").mkdir()
+    findings.write(tmp_path / "other", [BAD])
+    both = findings_list([Folder(tmp_path), Folder(tmp_path / "other")]).text.split("\n")
+    assert both == [str(BAD), f"look: {tmp_path.name}: {LOOK.told}"]
 
 
 def test_the_model_card_names_them_without_what_quotes_the_data(tmp_path):

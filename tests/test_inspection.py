@@ -68,9 +68,9 @@ def test_unused_columns_repeats_and_contradictions(tmp_path):
     swapped = {**first, "chosen": first["rejected"], "rejected": first["chosen"]}
     (store,) = built(tmp_path, [first, *others, first, swapped])
     found = texts(inspection.pairs(store, None))
-    assert found[0] == "look: columns of the training data that are not used: 'source', 'score'"
-    assert found[1] == "look: 1 of 5 training pairs repeat an earlier pair"
-    assert found[2].startswith("look: 1 of 5 training pairs contradict an earlier pair")
+    assert found[0] == "look: 2 columns of the training data are not used; 'source', 'score'"
+    assert found[1] == "look: 1 of 5 training pairs that repeat an earlier one"
+    assert found[2].startswith("look: 1 of 5 training pairs that contradict an earlier one")
 
 
 def test_prompts_in_both_parts_are_a_leak(tmp_path):
@@ -81,10 +81,33 @@ def test_prompts_in_both_parts_are_a_leak(tmp_path):
     ]
 
 
+def test_held_out_pairs_that_are_all_in_training_mean_nothing(tmp_path):
+    (found,) = texts(inspection.pairs(*built(tmp_path, rows(6), rows(4))))
+    assert found.startswith("bad: 4 of 4 held-out pairs have a prompt that is also in training")
+    file = tmp_path / "train.jsonl"  # a file has no splits, whatever the params say
+    config = tiny_config(
+        tmp_path, f"train_dataset.path={file}", f"valid_dataset.path={file}", "valid_dataset.split=test"
+    )
+    assert texts(inspection.settings(config, {}))[0].startswith("bad: valid_dataset is the training data")
+
+
+def test_column_names_stay_out_of_what_a_model_card_shows(tmp_path):
+    (store,) = built(tmp_path, rows(2, **{"<img src=x>": 1}))
+    (found,) = inspection.pairs(store, None)
+    assert (found.text, found.detail) == ("1 column of the training data is not used", "'<img src=x>'")
+
+
 def test_empty_responses(tmp_path):
     start = PROMPT.format(i=0)
     (store,) = built(tmp_path, [{"prompt": start, "chosen": " yes", "rejected": ""}])
-    assert texts(inspection.pairs(store, None)) == ["bad: 1 of 1 training pairs have an empty response"]
+    assert texts(inspection.pairs(store, None)) == [
+        "bad: 1 of 1 training pairs with an empty response: fill them in, or remove those rows"
+    ]
+    many = [
+        {"prompt": f"{PROMPT.format(i=i)}", "chosen": f" yes {i}", "rejected": " no"} for i in range(1, 20)
+    ]
+    (store,) = built(tmp_path, [{"prompt": start, "chosen": " yes", "rejected": ""}, *many])
+    assert texts(inspection.pairs(store, None))[0].startswith("look: 1 of 20 training pairs with an empty")
 
 
 def test_an_end_token_written_in_the_data(tmp_path):
@@ -128,28 +151,35 @@ def test_settings(tmp_path, overrides, model_config, words):
     assert not words or found[0].startswith(words)
 
 
+def logps(*groups):
+    """(count, chosen, rejected) as a table in which no two pairs are the same."""
+    table = torch.tensor([[c, r] for count, c, r in groups for _ in range(count)], dtype=torch.float64)
+    return table - 1e-9 * torch.arange(len(table), dtype=torch.float64)[:, None]
+
+
 def test_swapped_columns_show_in_what_the_reference_prefers(tmp_path):
     """Token by token: the chosen answers have 9 tokens, the rejected ones 4."""
     store = store_of([pair_of(5, 9, 4)] * 57, tmp_path / "store")
-    liked = torch.tensor([[-18.0, -4.0]] * 40 + [[-9.0, -8.0]] * 16 + [[np.nan, np.nan]], dtype=torch.float64)
-    (found,) = measures.swapped_columns(store, liked)
+    (found,) = measures.swapped_columns(store, logps((40, -18, -4), (16, -9, -8), (1, np.nan, np.nan)))
     assert isinstance(found, Finding)
     assert found.level == "look"
     assert "likelier, token by token, in 40 of 56 pairs" in found.text
     assert "swapped?" in found.text
-    fine = torch.tensor([[-9.0, -8.0]] * 41 + [[-18.0, -4.0]] * 16, dtype=torch.float64)
-    assert list(measures.swapped_columns(store, fine)) == []
+    assert list(measures.swapped_columns(store, logps((41, -9, -8), (16, -18, -4)))) == []
     assert list(measures.swapped_columns(store, None)) == []
+
+
+def test_a_pair_that_repeats_is_one_toss(tmp_path):
+    store = store_of([pair_of(5, 9, 4)] * 50, tmp_path / "store")
+    same = torch.tensor([[-18.0, -4.0]] * 50, dtype=torch.float64)
+    assert list(measures.swapped_columns(store, same)) == []
 
 
 def test_a_small_lean_of_many_pairs_is_no_swap(tmp_path):
     store = store_of([pair_of(1, 1, 1)] * 4000, tmp_path / "store")
-    lean = torch.tensor([[-2.0, -1.0]] * 2200 + [[-1.0, -2.0]] * 1800, dtype=torch.float64)
     assert measures.at_most(1800, 4000) < 1e-9
-    assert list(measures.swapped_columns(store, lean)) == []
-    assert (
-        len(list(measures.swapped_columns(store, lean.flip(0).flip(1) * 0 + torch.tensor([-2.0, -1.0])))) == 1
-    )
+    assert list(measures.swapped_columns(store, logps((2200, -2, -1), (1800, -1, -2)))) == []
+    assert len(list(measures.swapped_columns(store, logps((4000, -2, -1))))) == 1
 
 
 def test_chances_are_those_of_a_fair_coin():

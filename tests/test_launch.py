@@ -14,7 +14,19 @@ import time
 import pytest
 import yaml
 
-from dpo_kit import builtin, commit, devices, forks, history, launch, listing, manifest, records, runs
+from dpo_kit import (
+    builtin,
+    commit,
+    devices,
+    findings,
+    forks,
+    history,
+    launch,
+    listing,
+    manifest,
+    records,
+    runs,
+)
 from dpo_kit.errors import DataError, RunError, UserError
 from dpo_kit.files import read_json
 from tests.fakes import LONG
@@ -255,6 +267,7 @@ def test_a_done_trial_is_made_longer_only_from_a_checkpoint_that_was_kept(fakes)
 
 def test_a_fork_is_a_new_run_from_a_checkpoint(fakes):
     parent = interrupted(fakes)
+    findings.add(parent.dir, findings.Finding("bad", "first step", "log-probs differ"))
     before = history.read_metrics(parent.dir)
     child = forks.fork(parent, 2, ["actor.beta=0.3", "trial_name=child"])
     assert (child.name, child.state, child.config.actor.beta) == ("exp/child", "queued", 0.3)
@@ -267,6 +280,7 @@ def test_a_fork_is_a_new_run_from_a_checkpoint(fakes):
     assert manifest.repeat_command(child.dir) == f"dpo-kit runs fork {parent.dir} --step 2 actor.beta=0.3"
     assert "fork of  exp/one at step 2\n  goes on  from a checkpoint of step 2" in listing.show_text(child)
     assert child.checkpoints() == [2]
+    assert findings.read(child.dir) == findings.read(parent.dir) != []
     assert commit.damage(child.dir / "checkpoints" / "step-2") == ""
     assert history.read_metrics(child.dir) == [line for line in before if line["step"] <= 2]
     assert (parent.config.actor.beta, history.read_metrics(parent.dir)) == (0.1, before)

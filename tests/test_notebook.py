@@ -262,3 +262,13 @@ def test_the_viewing_room_imports_nothing_heavy():
 
     assert found(code) == "[]"
     assert found(code + "\nimport plotly") == "['plotly']"
+
+
+def test_lines_of_ones_own_in_the_injected_cell_are_no_parameters():
+    """A person may edit what papermill wrote."""
+    own = ["# beta = 0.2", "x: int = 3", "a, b = 1, 2", "d['x'] = 3", "plots.WIDTH = 900", "%env X = 3"]
+    assert notebook._refuse_names(["# Parameters\n", *(f"{line}\n" for line in own)])
+    assert notebook._refuse_names(["# Parameters of my plot\n", "actor.beta = 3\n"])
+    for name in ("actor.beta", "max-steps"):
+        with pytest.raises(ConfigError, match=name):
+            notebook._refuse_names(["# Parameters\n", f"{name} = 3\n"])

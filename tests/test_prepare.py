@@ -7,9 +7,10 @@ import json
 import pytest
 
 from dpo_kit import config as config_module
-from dpo_kit import prepare, records
+from dpo_kit import findings, prepare, records, resuming
 from dpo_kit.errors import ConfigError
 from dpo_kit.files import read_json
+from dpo_kit.findings import Finding
 from dpo_kit.preferences import open_store
 from tests.fakes import TREE
 
@@ -93,3 +94,27 @@ def test_a_reference_with_another_vocabulary_is_refused(make_run, tmp_path):
         ConfigError, match=r"has another tokenizer than 'tiny-random': 1 of 26\d tokens differ"
     ):
         prepare.check_tokenizers(config)
+
+
+def test_what_ranks_found_stays_while_the_run_goes_on_from_their_steps(make_run, monkeypatch):
+    run_dir = make_run()
+    first, stale = (
+        Finding("bad", "first step", "log-probs differ"),
+        Finding("look", "dropped", "of other data"),
+    )
+    findings.write(run_dir, [first, stale])
+    monkeypatch.setattr(resuming, "point", lambda _: resuming.Point(2, {}))
+    monkeypatch.setattr(resuming, "refusal", lambda *_: "")
+    assert prepare.main(run_dir) == 0
+    assert findings.read(run_dir) == [first]
+    monkeypatch.setattr(resuming, "point", lambda _: None)
+    assert prepare.main(run_dir) == 0
+    assert findings.read(run_dir) == []
+
+
+def test_what_the_checks_find_is_kept_for_the_reader(make_run):
+    run_dir = make_run("actor.optimizer.lr=0", answers=("yes", "yes"))
+    assert (
+        prepare.main(run_dir) == 2
+    )  # identical pairs only: refused, and nothing is found about a run that is none
+    assert findings.read(run_dir) == []

@@ -72,6 +72,7 @@ def test_axes_come_as_lists_or_as_text():
         sweep.axes(betas=[0.05, 0.1, 0.05], loss_types=["sigmoid", "ipo"], lrs=None, seeds=(1, 2)) == expected
     )
     assert sweep.axes(betas="[0.05, 0.1]", loss_types="[sigmoid, ipo]", lrs="", seeds="[1,2]") == expected
+    assert sweep.axes(betas="0.05,0.1", loss_types="sigmoid, ipo", seeds="1,2") == expected
     assert sweep.axes(betas=0.1) == {"actor.beta": [0.1]}
     with pytest.raises(ConfigError, match="betas"):
         sweep.axes(betas=["much"])

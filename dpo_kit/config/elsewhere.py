@@ -13,15 +13,14 @@ KEYS = {
     "adam_epsilon": "actor.optimizer.eps",
     "dataset": "train_dataset",
     "dataset_name": "train_dataset.path",
+    "dataset_path": "train_dataset.path",
     "epochs": "total_train_epochs",
     "eval_dataset": "valid_dataset",
     "eval_steps": "evaluator.freq_steps",
-    "gradient_accumulation_steps": "actor.mb_spec.max_tokens_per_mb",
     "learning_rate": "actor.optimizer.lr",
     "loss": "actor.loss_type",
     "lr_scheduler": "actor.optimizer.lr_scheduler_type",
     "max_grad_norm": "actor.optimizer.gradient_clipping",
-    "max_prompt_length": "train_dataset.max_length",
     "max_seq_length": "train_dataset.max_length",
     "max_steps": "total_train_steps",
     "min_lr": "actor.optimizer.min_lr_ratio",
@@ -47,6 +46,20 @@ KEYS = {
     "train_batch_size": "train_dataset.batch_size",
     "warmup_ratio": "actor.optimizer.warmup_steps_proportion",
     "warmup_steps": "actor.optimizer.warmup_steps_proportion",
+}
+
+
+# Keys that have no like here, and what takes their place.
+REMARKS = {
+    "gradient_accumulation_steps": "micro-batches follow from the tokens in actor.mb_spec.max_tokens_per_mb, and never"
+    " change a step; train_dataset.batch_size is the pairs of a step",
+    "max_prompt_length": "nothing is cut here: pairs with a text over train_dataset.max_length are left out",
+    "max_completion_length": "nothing is cut here: pairs with a text over train_dataset.max_length are left out",
+    **dict.fromkeys(("logging_steps", "log_every"), "every step is recorded"),
+    **dict.fromkeys(
+        ("deepspeed", "accelerate", "fsdp", "fsdp_config"), "ranks and sharding are actor.backend"
+    ),
+    "lr_scheduler_kwargs": "see lr_scheduler_type, warmup_steps_proportion and min_lr_ratio of actor.optimizer",
 }
 
 

@@ -34,7 +34,8 @@ def choice(value: str, rule: dict[str, Any]) -> str:
     told = _known(value, rule.get("elsewhere", {})) or nearest(value, accepted)
     if told is None:
         return ""
-    return f"; did you mean {told}?" if told in accepted else f"; {told}"
+    told = rule.get("alias", {}).get(told, told)
+    return f"; did you mean {told}?" if told in rule["choices"] else f"; {told}"
 
 
 def unknown_key(name: str, siblings: Iterable[str]) -> str:
@@ -45,9 +46,12 @@ def unknown_key(name: str, siblings: Iterable[str]) -> str:
         siblings: the keys that its section knows.
     """
     section, _, leaf = name.rpartition(".")
+    if remark := _known(leaf, elsewhere.REMARKS):
+        return f"{name} is not a known key; {remark}"
     siblings = list(siblings)
     near = nearest(leaf, siblings)
     same = [k for k in schema.field_names() if k.rpartition(".")[2] == leaf.lower()]
+    same.sort(key=lambda key: key.startswith("ref."))  # what is set is the policy's, nearly always
     if best := known_key(leaf):
         pass
     elif near and (not same or difflib.SequenceMatcher(None, near, leaf).ratio() > 0.8):

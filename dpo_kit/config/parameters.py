@@ -148,6 +148,7 @@ def _into_overrides(dotted: Mapping[str, Any]) -> str:
     """How to give dotted keys, which are no parameters, ready to be copied."""
     spelled = {name: value if isinstance(value, str) else show(value) for name, value in dotted.items()}
     short = [f"-p {s} {shlex.quote(spelled[d])}" for s, d in SHORT_NAMES.items() if d in spelled]
+    short = [" ".join(short)] if len(short) == len(spelled) else []  # all of them, or the list alone
     text = str([f"{name}={value}" for name, value in spelled.items()])
     ways = [*short, "-p overrides " + (shlex.quote(text) if set(text) & set('"$`\\') else f'"{text}"')]
     what = "is not a parameter" if len(dotted) == 1 else "are not parameters"

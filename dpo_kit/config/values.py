@@ -184,8 +184,10 @@ def read_list(name: str, value: Any, kind: type) -> list:
     """
     if is_empty(value):
         return []
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        value = parse_scalar(value)
+    if isinstance(value, str) and (
+        "," in value or value.lstrip().startswith("[")
+    ):  # as in a grid of the command
+        value = parse_scalar(value if value.lstrip().startswith("[") else f"[{value}]")
     items = list(value) if isinstance(value, list | tuple) else [value]
     out, problems = [], []
     for item in items:
