@@ -103,18 +103,14 @@ def model_folder(path: str) -> Path:
 
 
 def _shape(path: str, folder: Path) -> Shape:
+    made = folders.config_in_effect(folder)
     try:
-        return Shape.of(folders.config_in_effect(folder))
-    except KeyError as error:
+        return Shape.of(made)
+    except (KeyError, ValueError) as error:
+        what = f"no {error.args[0]}" if isinstance(error, KeyError) else f"a size that is none ({error})"
         raise UserError(
-            f"actor.path = {path!r}: its config.json has no {error.args[0]}, so its size is not known;"
+            f"actor.path = {path!r}: its config.json has {what}, so its size is not known;"
             " llama, qwen2, qwen3 and mistral models can be estimated"
-        ) from error
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(
-            f"actor.path = {path!r}: its config.json has a size that is none ({error})"
         ) from error
 
 

@@ -11,6 +11,7 @@ Deliberately not here: whether the weights are the model that config.json descri
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -64,8 +65,11 @@ def snapshot(path: str) -> Path:
     Raises:
         UserError: no such folder and the hub cannot be reached or does not know it.
     """
-    if Path(path).is_dir():
-        return Path(path)
+    return Path(path) if Path(path).is_dir() else _fetched(path)
+
+
+@functools.cache
+def _fetched(path: str) -> Path:
     from huggingface_hub import snapshot_download
 
     unreachable = ""

@@ -2,8 +2,8 @@
 
 The hub's client tries each file six times with growing pauses, 24 s for a data set and 50 s for a tokenizer on a
 laptop without a network, and writes a line for each. Here the host is asked once for an answer, of whatever kind;
-when none comes, the client works from its local cache only. What it then loads has deadlines of its own
-(`HF_HUB_DOWNLOAD_TIMEOUT`: 10 s without a byte).
+when none comes, the client works from its local cache only, and so it does when a hub falls silent later: some
+of its questions have no deadline of their own.
 
 Deliberately not here: downloading, and any choice between hub and local files.
 """
@@ -15,13 +15,16 @@ import http.client
 import socket
 import ssl
 import sys
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from typing import Any
 
 TIMEOUT_S = 3.0
 ANSWER_S = 10.0
+SILENT_S = 30.0  # of a hub that has answered before
 
 
 @contextlib.contextmanager
@@ -33,7 +36,8 @@ def cache_only_when_unreachable() -> Iterator[str]:
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE or reachable(constants.ENDPOINT):
-        yield ""
+        with _patience():
+            yield ""
         return
     modules = [constants, *(sys.modules[name] for name in ("datasets.config",) if name in sys.modules)]
     before = [module.HF_HUB_OFFLINE for module in modules]
@@ -44,6 +48,38 @@ def cache_only_when_unreachable() -> Iterator[str]:
     finally:
         for module, value in zip(modules, before, strict=True):
             module.HF_HUB_OFFLINE = value  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def _patience() -> Iterator[None]:
+    """Inside, the hub's client is offline from when it has waited SILENT_S for an answer, over all its attempts."""
+    from huggingface_hub.errors import OfflineModeIsEnabled
+    from huggingface_hub.utils import get_session
+
+    unanswered_since: float | None = None
+
+    def asks(request: Any) -> None:
+        nonlocal unanswered_since
+        now = time.monotonic()
+        if unanswered_since is not None and now - unanswered_since > SILENT_S:
+            raise OfflineModeIsEnabled(f"{request.url} has not answered for {SILENT_S:g} s")
+        unanswered_since = unanswered_since or now
+        limits = request.extensions.get("timeout") or {}
+        given = {part: limits.get(part) or SILENT_S for part in ("connect", "read", "write", "pool")}
+        request.extensions["timeout"] = given
+
+    def hears(response: Any) -> None:
+        nonlocal unanswered_since
+        unanswered_since = None
+
+    hooks = get_session().event_hooks
+    hooks["request"].append(asks)
+    hooks["response"].append(hears)
+    try:
+        yield
+    finally:
+        hooks["request"].remove(asks)
+        hooks["response"].remove(hears)
 
 
 def reachable(endpoint: str) -> bool:

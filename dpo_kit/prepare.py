@@ -14,6 +14,7 @@ a checkpoint (resuming).
 from __future__ import annotations
 
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +28,8 @@ from dpo_kit.files import atomic_write, read_json, to_json
 from dpo_kit.findings import Finding
 from dpo_kit.preferences import PairStore
 
+_WORTH_TELLING_S = 2.0
+
 
 def prepare(run_dir: Path) -> None:
     """Does all of it; see the module."""
@@ -34,11 +37,11 @@ def prepare(run_dir: Path) -> None:
     ready = all(builtin.cached(path) for path in _models(config) if path in builtin.NAMES)
     records.write_progress(run_dir, phase="convert model", expected_s=1.0 if ready else None)
     make_models(config)
-    check_values(config, _percent(run_dir))
     records.write_progress(run_dir, phase="build pairs")
     stores = build_pairs(config, _counter(run_dir))
     report(stores)
     check_lengths(config, stores)
+    check_values(config, _percent(run_dir))  # after the data, so that bad data leave nothing behind
     at = resuming.point(run_dir)
     if at and (problem := resuming.refusal(run_dir, at, config, fingerprints(config, stores))):
         raise UserError(problem)
@@ -161,8 +164,8 @@ def check_tokenizers(config: Config) -> None:
     last = max(own, key=lambda token: own[token])
     problems = []
     for field, path in _weights(config).items():
-        rows = model.text_config(folders.snapshot(builtin.ensure(path))).vocab_size
-        if own[last] >= rows:
+        rows = getattr(model.text_config(folders.snapshot(builtin.ensure(path))), "vocab_size", None)
+        if rows is not None and own[last] >= rows:
             problems.append(
                 f"tokenizer_path = {config.tokenizer_path!r} has token ids up to {own[last]} ({last!r}), and the"
                 f" embedding of {field} = {path!r} has {rows} rows; use the tokenizer that the model was trained with,"
@@ -229,13 +232,13 @@ def _counter(run_dir: Path) -> Callable[[int, int | None], None]:
 
 
 def _percent(run_dir: Path) -> folders.Progress:
-    told = 0
+    started_at, told = time.monotonic(), 0
 
     def count(done: int, total: int) -> None:
         nonlocal told
-        if 100 * done // total > told:
+        if 100 * done // total > told and time.monotonic() - started_at > _WORTH_TELLING_S:
             told = 100 * done // total
-            records.write_progress(run_dir, phase="convert model", done=told, total=100)
+            records.write_progress(run_dir, phase="load model", done=told, total=100)
 
     return count
 

@@ -85,6 +85,45 @@ def test_a_model_on_a_silent_hub_is_told_as_one(silent_hub):
         dataset.load_tokenizer("org/model")
 
 
+def test_a_hub_that_falls_silent_after_its_first_answer_is_an_error(monkeypatch, silent_hub):
+    """The client asks for a model's files without a deadline."""
+    monkeypatch.setattr(hub, "reachable", lambda endpoint: True)
+    monkeypatch.setattr(hub, "SILENT_S", 0.3)
+    with pytest.raises(UserError, match="'org/other' is neither a local folder nor a model the hub gives"):
+        folders.snapshot("org/other")
+
+
+def test_a_silent_hub_is_not_asked_for_file_after_file(monkeypatch):
+    from huggingface_hub.errors import OfflineModeIsEnabled
+    from huggingface_hub.utils import get_session
+
+    monkeypatch.setattr(hub, "reachable", lambda endpoint: True)
+    with hub.cache_only_when_unreachable():
+        session = get_session()
+        asks, hears = session.event_hooks["request"][-1], session.event_hooks["response"][-1]
+        request = session.build_request("GET", "http://hub.invalid")
+        monkeypatch.setattr(hub, "SILENT_S", -1.0)
+        asks(request)
+        hears(None)
+        asks(request)
+        with pytest.raises(OfflineModeIsEnabled, match=r"hub\.invalid has not answered"):
+            asks(request)
+
+
+def test_the_clients_own_deadlines_are_left(monkeypatch):
+    from huggingface_hub.utils import get_session
+
+    monkeypatch.setattr(hub, "reachable", lambda endpoint: True)
+    before = {name: list(hooks) for name, hooks in get_session().event_hooks.items()}
+    with hub.cache_only_when_unreachable():
+        (asks,) = [hook for hook in get_session().event_hooks["request"] if hook not in before["request"]]
+        for given, found in ((7.0, 7.0), (None, hub.SILENT_S)):
+            request = get_session().build_request("GET", "http://hub.invalid", timeout=given)
+            asks(request)
+            assert set(request.extensions["timeout"].values()) == {found}
+    assert get_session().event_hooks == before
+
+
 def test_what_lies_in_a_folder_asks_no_hub(silent_hub, monkeypatch):
     monkeypatch.setattr(hub, "reachable", lambda endpoint: pytest.fail("asked"))
     path = builtin.ensure("tiny-random")
@@ -104,10 +143,13 @@ def test_only_the_weights_that_are_read_are_fetched(monkeypatch, tmp_path):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     monkeypatch.setattr(hub, "reachable", lambda endpoint: True)
-    assert folders.snapshot("org/model") == tmp_path
+    assert folders.snapshot("org/model") == folders.snapshot("org/model") == tmp_path
+    assert len(asked) == 2  # and not asked again
+    folders._fetched.cache_clear()
     assert asked[1] == {"allow_patterns": ["model.safetensors"]}
     (tmp_path / folders.INDEX).write_text('{"weight_map": {"a": "x-2.safetensors", "b": "x-1.safetensors"}}')
     folders.snapshot("org/model")
+    folders._fetched.cache_clear()
     assert asked[3] == {"allow_patterns": ["x-1.safetensors", "x-2.safetensors"]}
     wanted = huggingface_hub.utils.filter_repo_objects(
         [

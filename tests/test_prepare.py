@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
+from dpo_kit import builtin, findings, folders, prepare, records, resuming
 from dpo_kit import config as config_module
-from dpo_kit import findings, prepare, records, resuming
 from dpo_kit.errors import ConfigError
 from dpo_kit.files import read_json
 from dpo_kit.findings import Finding
@@ -73,6 +75,30 @@ def test_a_users_mistake_is_left_as_its_message(make_run, capsys):
     assert not (run_dir / "data.json").exists()
 
 
+def test_weights_are_read_once_and_for_all_ranks(make_run, tmp_path, monkeypatch):
+    run_dir = make_run()
+    monkeypatch.setattr(prepare, "_WORTH_TELLING_S", -1.0)  # large ones take longer
+    assert prepare.main(run_dir) == 0
+    progress = read_json(run_dir / "progress.json")
+    assert (progress["phase"], progress["done"], progress["total"]) == ("load model", 100, 100)
+    monkeypatch.setattr(folders, "_hash", lambda *_: pytest.fail("read again"))
+    known = folders.known_hashes(tmp_path / "runs")
+    assert folders.fingerprint(builtin.ensure("tiny-random"), known)
+
+
+def test_weights_that_are_no_numbers_end_it(make_run, tmp_path):
+    folder = shutil.copytree(builtin.ensure("tiny-random"), tmp_path / "model")
+    held = load_file(folder / "model.safetensors")
+    held["lm_head.weight"][7, 7] = float("inf")
+    save_file(held, folder / "model.safetensors")
+    run_dir = make_run(f"actor.path={folder}", "tokenizer_path=tiny-random")
+    assert prepare.main(run_dir) == 2
+    (error,) = records.read_rank_errors(run_dir)
+    assert error["message"].startswith(
+        f"actor.path: {folder}/model.safetensors: lm_head.weight holds values that"
+    )
+
+
 def test_an_error_of_our_own_is_left_with_its_traceback(make_run, monkeypatch, capsys):
     run_dir = make_run()
     monkeypatch.setattr(prepare, "build_pairs", lambda *a: 1 / 0)
@@ -82,8 +108,6 @@ def test_an_error_of_our_own_is_left_with_its_traceback(make_run, monkeypatch, c
 
 
 def test_a_reference_with_another_vocabulary_is_refused(make_run, tmp_path):
-    from dpo_kit import builtin
-
     run_dir = make_run()
     folder = tmp_path / "other"
     tokenizer = builtin.load_tokenizer("tiny-random")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import types
 
 import pytest
@@ -93,7 +94,6 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys, where):
     assert line.startswith("no TensorBoard" if where == "made" else "no more TensorBoard")
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_file_that_cannot_be_written_any_more_ends_the_events_only(tmp_path, monkeypatch, capsys):
     """The real package writes in a thread of its own: its failure is noticed at a later step."""
     writer = pytest.importorskip("tensorboard.summary.writer.record_writer")
@@ -102,6 +102,10 @@ def test_a_file_that_cannot_be_written_any_more_ends_the_events_only(tmp_path, m
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(writer.RecordWriter, "write", full)
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)  # it dies aloud
     recorded(tmp_path)
+    for thread in threading.enumerate():
+        if type(thread).__name__ == "_AsyncWriterThread":
+            thread.join()
     (line,) = capsys.readouterr().out.splitlines()
     assert "TensorBoard events (OSError: [Errno 28] No space left on device)" in line
