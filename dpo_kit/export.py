@@ -20,6 +20,16 @@ from dpo_kit import commit
 from dpo_kit.model import PairModel
 from dpo_kit.parallel import World, full_tensor, masters
 
+_OF_A_TOKENIZER = (
+    "tokenizer",
+    "special_tokens_map",
+    "added_tokens",
+    "vocab",
+    "merges",
+    "chat_template",
+    "additional_",
+)
+
 
 def write(
     model: PairModel,
@@ -39,7 +49,8 @@ def write(
 
     Args:
         tokenizer: saved beside; the files that it was loaded from as they are, where they are the model's own.
-        end_token_id: the token that the trained texts end in; generation stops on it and on the tokenizer's EOS.
+        end_token_id: the token that the trained texts end in; generation stops on it, on what the base stopped on,
+            and on the tokenizer's EOS.
         dtype: of the weights written, from the master weights.
         card: text of README.md.
     """
@@ -89,16 +100,7 @@ def _write_json(file: Path, made: dict[str, Any]) -> None:
 
 
 def _is_of_a_tokenizer(name: str) -> bool:
-    starts = (
-        "tokenizer",
-        "special_tokens_map",
-        "added_tokens",
-        "vocab",
-        "merges",
-        "chat_template",
-        "additional_",
-    )
-    return name.startswith(starts) or name.endswith((".model", ".tiktoken"))
+    return name.startswith(_OF_A_TOKENIZER) or name.endswith((".model", ".tiktoken"))
 
 
 def _config_of_export(model: PairModel, dtype: str) -> dict[str, Any]:
@@ -107,7 +109,7 @@ def _config_of_export(model: PairModel, dtype: str) -> dict[str, Any]:
     made["architectures"] = [type(model.lm).__name__]
     for field in [name for name in ("torch_dtype", "dtype") if name in made] or ["dtype"]:
         made[field] = dtype
-    if not model.lm.config.tie_word_embeddings and made.get("tie_word_embeddings") is not False:
+    if not getattr(model.lm.config, "tie_word_embeddings", True):
         made["tie_word_embeddings"] = False
     made.pop("transformers_weights", None)  # names a file that the export does not have
     return made
@@ -118,9 +120,8 @@ def _generation_of_export(
 ) -> dict[str, Any]:
     """The generation config that the model came with; it ends where the trained texts do, too."""
     made: dict[str, Any] = {}
-    with contextlib.suppress(
-        KeyError, ValueError
-    ):  # there is none, or one that transformers leaves out as well
+    # There may be none, or one that transformers leaves out as well.
+    with contextlib.suppress(KeyError, ValueError, TypeError):
         made = dict(json.loads(model.side_files["generation_config.json"]))
     made.pop("_from_model_config", None)  # it would be made anew from config.json
     known = made.get("eos_token_id", config.get("eos_token_id"))

@@ -279,9 +279,8 @@ def disable_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name, value in vars(
-            module
-        ).items():  # those that hand it to a function: attention_dropout, layerdrop
+        # Some hand a number to a function: attention_dropout, layerdrop.
+        for name, value in vars(module).items():
             if isinstance(value, float) and "drop" in name:
                 setattr(module, name, 0.0)
 

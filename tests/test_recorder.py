@@ -103,9 +103,10 @@ def test_a_file_that_cannot_be_written_any_more_ends_the_events_only(tmp_path, m
 
     monkeypatch.setattr(writer.RecordWriter, "write", full)
     monkeypatch.setattr(threading, "excepthook", lambda _: None)  # it dies aloud
+    before = set(threading.enumerate())
     recorded(tmp_path)
-    for thread in threading.enumerate():
-        if type(thread).__name__ == "_AsyncWriterThread":
-            thread.join()
+    for thread in set(threading.enumerate()) - before:
+        thread.join(20)
+        assert not thread.is_alive()
     (line,) = capsys.readouterr().out.splitlines()
     assert "TensorBoard events (OSError: [Errno 28] No space left on device)" in line
