@@ -13,6 +13,8 @@ a checkpoint (resuming).
 
 from __future__ import annotations
 
+import atexit
+import os
 import sys
 import time
 import traceback
@@ -262,4 +264,9 @@ def main(run_dir: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    # os._exit: the supervisor waits for this process, and taking torch down takes most of a second.
+    code = main(Path(sys.argv[1]))
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
