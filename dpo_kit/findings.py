@@ -19,7 +19,6 @@ from pathlib import Path
 from dpo_kit.errors import UserError
 from dpo_kit.files import atomic_write, read_json, to_json
 
-LEVELS = ("ok", "look", "bad")
 # What ranks find, once: a run that goes on still rests on it.
 OF_RANKS = ("first step", "preference")
 _FILE = "findings.json"
