@@ -30,7 +30,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@touch $@
 
 setup: $(VENV)/.ready
-	$(BIN)/python -m dpo_kit.builtin
+	$(BIN)/python -m dpo_kit.model.builtin
 
 demo: setup
 	$(BIN)/papermill --log-output $(NOTEBOOK) $(OUT)
@@ -42,7 +42,7 @@ test: setup
 	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg tests/notebooks
 
 bare: $(VENV)/.ready
-	.ci/bare $(BIN)/python -m pytest tests/test_bare.py tests/test_picture.py tests/test_plots.py tests/test_notebook.py tests/test_notebooks.py
+	.ci/bare $(BIN)/python -m pytest tests/test_bare.py tests/plots/test_picture.py tests/plots/test_charts.py tests/test_notebook.py tests/test_notebooks.py
 
 check: $(VENV)/.ready
 	$(BIN)/ruff format --check .
@@ -55,8 +55,8 @@ bench: setup
 	$(BIN)/python benchmarks/bench.py $(BENCH)
 
 evidence: setup
-	DPO_KIT_KILLS=50 $(BIN)/python -m pytest -s tests/test_kills.py > docs/evidence/kills.log
-	DPO_KIT_SLOPE_STEPS=2000 $(BIN)/python -m pytest -s tests/test_memory_slope.py > docs/evidence/memory_slope.log
+	DPO_KIT_KILLS=50 $(BIN)/python -m pytest -s tests/supervise/test_kills.py > docs/evidence/kills.log
+	DPO_KIT_SLOPE_STEPS=2000 $(BIN)/python -m pytest -s tests/engine/test_memory_slope.py > docs/evidence/memory_slope.log
 	$(BIN)/python benchmarks/build_memory.py --gib 1 -o docs/evidence/build_memory.md
 
 lab: setup

@@ -32,9 +32,10 @@ from typing import Any
 import inputs
 import psutil
 
-from dpo_kit import builtin, processes
 from dpo_kit import config as config_module
+from dpo_kit.model import builtin
 from dpo_kit.preferences import PairStore
+from dpo_kit.system import processes
 
 LR, BETA = 5e-6, 0.1
 # Dense bf16 peak of a chip by its data sheet, FLOP/s
@@ -185,31 +186,31 @@ def kit_engine(job: dict[str, Any], store: PairStore, fileroot: Path) -> Iterato
     """The engine of a job as a worker makes it, alone on this machine, and the seconds of its reference pass."""
     import torch
 
-    from dpo_kit import engine, loading, model, parallel
+    from dpo_kit.engine import reference
+    from dpo_kit.engine.state import Engine, load_model
+    from dpo_kit.model import pair_model, parallel
 
     torch.manual_seed(inputs.SEED)
     config = kit_config(job, fileroot)
     with parallel.alone(cuda=has_cuda()) as world:
-        policy = loading.load_model(
+        policy = load_model(
             config, config.actor.path, config.actor.dtype, world, [store, None], trainable=True
         )
-        model.disable_dropout(policy)
+        pair_model.disable_dropout(policy)
         tokens = job["max_tokens"]
-        state = engine.Engine(config, world, policy, store, None, actor_tokens=tokens, ref_tokens=tokens)
+        state = Engine(config, world, policy, store, None, actor_tokens=tokens, ref_tokens=tokens)
         start = time.perf_counter()
-        loading.prepare_reference(state, fileroot)
+        reference.prepare_reference(state, fileroot)
         synchronize()
         yield state, time.perf_counter() - start
 
 
 def kit_train(state: Any, stepped: Callable[[dict], Any]) -> None:
-    """`engine.train`, with nothing around the steps but `stepped(record)`."""
-    from dpo_kit import engine
+    """`loop.train`, with nothing around the steps but `stepped(record)`."""
+    from dpo_kit.engine import loop
 
-    hooks = engine.Hooks(
-        stepped=stepped, evaluated=lambda *_: None, due=lambda *_: False, save=lambda _: None
-    )
-    engine.train(state, hooks)
+    hooks = loop.Hooks(stepped=stepped, evaluated=lambda *_: None, due=lambda *_: False, save=lambda _: None)
+    loop.train(state, hooks)
 
 
 # --- devices, memory, time --------------------------------------------------------------------------------------

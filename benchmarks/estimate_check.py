@@ -49,7 +49,7 @@ CHECKED = {
 def command(verb: str, overrides: list[str], fileroot: str, *flags: str) -> list[str]:
     """`dpo-kit VERB` on the demo config."""
     fixed = [*COMMON, f"cluster.fileroot={fileroot}", *overrides]
-    child = [sys.executable, "-m", "dpo_kit.child", "dpo_kit"]  # ends with this process
+    child = [sys.executable, "-m", "dpo_kit.system.child", "dpo_kit"]  # ends with this process
     return [*child, verb, "--config", "params/demo.yaml", *flags, *fixed]
 
 
@@ -90,10 +90,10 @@ def measured(overrides: list[str], fileroot: str) -> tuple[float, float]:
 
 
 def rank_pids(supervisor: int) -> list[int]:
-    """Processes below the supervisor that run `dpo_kit.worker`."""
+    """Processes below the supervisor that run `dpo_kit.engine.worker`."""
     try:
         children = psutil.Process(supervisor).children(recursive=True)
-        return [child.pid for child in children if "dpo_kit.worker" in " ".join(child.cmdline())]
+        return [child.pid for child in children if "dpo_kit.engine.worker" in " ".join(child.cmdline())]
     except psutil.Error:
         return []
 

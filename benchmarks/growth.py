@@ -96,7 +96,8 @@ def _picture(found: dict[str, list[dict[str, Any]]], path: Path) -> str:
     """Two panels: measured points, the fitted line, and the time that the formula's FLOPs would take."""
     from plotly.subplots import make_subplots
 
-    from dpo_kit import picture, plots
+    from dpo_kit import plots
+    from dpo_kit.plots import picture
 
     titles = ("pairs a step", f"tokens run a pair ({LENGTH_PAIRS} pairs a step)")
     figure = make_subplots(rows=1, cols=2, subplot_titles=titles, horizontal_spacing=0.09)

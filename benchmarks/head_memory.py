@@ -13,7 +13,7 @@ import sys
 
 import torch
 
-from dpo_kit.logprobs import token_logps
+from dpo_kit.model.logprobs import token_logps
 
 
 def measure(side: str, num_tokens: int, hidden_size: int, vocab_size: int) -> None:

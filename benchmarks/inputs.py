@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from dpo_kit import builtin, costs
 from dpo_kit import config as config_module
+from dpo_kit.model import builtin, costs
 from dpo_kit.preferences import Pair, PairStore, arrays_of, open_store, write_store
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import torch
 
-from dpo_kit import builtin, cli, dataset
+from dpo_kit import cli, dataset
 from dpo_kit import config as config_module
+from dpo_kit.model import builtin
 
 
 def plain(lm, ids: list[int], start: int) -> list[float]:

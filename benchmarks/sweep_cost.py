@@ -33,7 +33,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         command = [
             sys.executable,
             "-m",
-            "dpo_kit.child",  # so that it ends with this process
+            "dpo_kit.system.child",  # so that it ends with this process
             "dpo_kit",
             job["command"],
             "--config",

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dpo_kit import config as config_module
-from dpo_kit import preflight
 from dpo_kit.config import Config
 from dpo_kit.config.values import coerce
-from dpo_kit.display import visible
 from dpo_kit.errors import RunError, UserError
+from dpo_kit.launch import preflight
 from dpo_kit.redaction import guarded_output
+from dpo_kit.view.html import visible
 
 EXIT = {"done": 0, "stopped": 3, "preempted": 3}
 # On a terminal a counter is drawn over; in a log a line comes now and then, so that nothing is silent for 5 s.
@@ -271,9 +271,9 @@ def _score(arguments: argparse.Namespace) -> int:
         raise UserError(f"-o {out} is no file in a folder that exists; give one, such as scores.jsonl")
     preflight.check(config, trains=False)
     store = _build(config, arguments.split)
-    from dpo_kit import scoring
+    from dpo_kit.tools import score
 
-    means = scoring.score(config, store, out, _counter("pairs"), arguments.split)
+    means = score.score(config, store, out, _counter("pairs"), arguments.split)
     for name, value in means.items():
         told = "undefined (all ties)" if value is None else f"{value:.6g}"
         print(f"{name.removeprefix('dpo-eval/'):>18}  {told}")
@@ -282,8 +282,9 @@ def _score(arguments: argparse.Namespace) -> int:
 
 
 def _estimate(arguments: argparse.Namespace) -> int:
-    from dpo_kit import estimate, launch
-    from dpo_kit.files import to_json
+    from dpo_kit import launch
+    from dpo_kit.system.files import to_json
+    from dpo_kit.tools import estimate
 
     config = launch.resolve_world(_load(arguments), lambda _: None)
     found = estimate.make(config, probe=not arguments.no_probe)
@@ -294,7 +295,7 @@ def _estimate(arguments: argparse.Namespace) -> int:
 
 def _doctor(arguments: argparse.Namespace) -> int:
     config = _load(arguments)
-    from dpo_kit import doctor
+    from dpo_kit.tools import doctor
 
     found = doctor.examine(config, lambda finding: print(doctor.line(finding), flush=True))
     return 2 if any(finding.level == "bad" for finding in found) else 0
@@ -332,7 +333,7 @@ def _sample(arguments: argparse.Namespace) -> int:
             raise UserError(f"--prompts {arguments.prompts}: {error}") from error
     if not texts or not all(t and t.strip() for t in texts):
         raise UserError("the prompt is empty; give --prompt TEXT or a file with one prompt a line")
-    from dpo_kit import samples
+    from dpo_kit.tools import samples
 
     for found in samples.ask(run.dir, texts):
         print(
@@ -347,7 +348,7 @@ def _export(arguments: argparse.Namespace) -> int:
     run, out = _find(arguments), Path(arguments.out)
     if out.exists():
         raise UserError(f"-o {out} exists; give a folder that does not")
-    from dpo_kit import samples
+    from dpo_kit.tools import samples
 
     source = samples.latest_export(run.dir)
     part = out.with_name(f".{out.name}.part")
@@ -361,14 +362,14 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _runs_list(arguments: argparse.Namespace) -> int:
-    from dpo_kit import listing
+    from dpo_kit.tools import listing
 
     print(listing.list_table(_fileroot(arguments)))
     return 0
 
 
 def _runs_show(arguments: argparse.Namespace) -> int:
-    from dpo_kit import listing
+    from dpo_kit.tools import listing
 
     print(listing.show_text(_find(arguments)))
     return 0
@@ -382,7 +383,8 @@ def _runs_stop(arguments: argparse.Namespace) -> int:
 
 
 def _runs_resume(arguments: argparse.Namespace) -> int:
-    from dpo_kit import launch, resuming
+    from dpo_kit import launch
+    from dpo_kit.records import resuming
 
     run = _find(arguments)
     if arguments.overrides:
@@ -392,32 +394,35 @@ def _runs_resume(arguments: argparse.Namespace) -> int:
 
 
 def _runs_fork(arguments: argparse.Namespace) -> int:
-    from dpo_kit import forks
+    from dpo_kit.launch import forks
 
     return forks.fork_in_foreground(_find(arguments), arguments.step, arguments.overrides)
 
 
 def _runs_prune(arguments: argparse.Namespace) -> int:
-    from dpo_kit import cleanup, records, runs
+    from dpo_kit import runs
+    from dpo_kit.records import run_folder
+    from dpo_kit.tools import cleanup
 
     picked = (
         [_find(arguments)]
         if arguments.target
-        else [runs.Run(folder) for folder in records.list_runs(_fileroot(arguments))]
+        else [runs.Run(folder) for folder in run_folder.list_runs(_fileroot(arguments))]
     )
     items = cleanup.spare_checkpoints(picked, arguments.keep)
     return 0 if cleanup.remove(items, yes=arguments.yes) else 1
 
 
 def _cache_list(arguments: argparse.Namespace) -> int:
-    from dpo_kit import cleanup
+    from dpo_kit.tools import cleanup
 
     print(cleanup.table(cleanup.cache_items(_fileroot(arguments))))
     return 0
 
 
 def _cache_rm(arguments: argparse.Namespace) -> int:
-    from dpo_kit import cleanup, launch
+    from dpo_kit import launch
+    from dpo_kit.tools import cleanup
 
     root = _fileroot(arguments)
     live = launch.live(root)

@@ -20,9 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LOSS_TYPES = ("sigmoid", "ipo", "hinge", "robust", "sigmoid_norm")
-SMOOTHED = ("sigmoid", "robust")
-NEEDS_LENGTHS = ("ipo", "sigmoid_norm")
+from dpo_kit.loss_types import LOSS_TYPES, NEEDS_LENGTHS, SMOOTHED
 
 
 def preference_loss(
@@ -82,13 +80,6 @@ def preference_loss(
 def implicit_rewards(policy_logps: Tensor, ref_logps: Tensor, *, beta: float) -> Tensor:
     """beta * (log pi - log ref), summed over the response, without gradient (DPO, section 5). Shape: (P,)"""
     return beta * (policy_logps - ref_logps).detach()
-
-
-def loss_at_reference(loss_type: str, beta: float) -> float:
-    """What `preference_loss` gives for every pair while policy and reference are equal."""
-    if loss_type == "ipo":
-        return (1 / (2 * beta)) ** 2
-    return 1.0 if loss_type == "hinge" else 0.6931471805599453
 
 
 def _check(

@@ -5,8 +5,8 @@
     run = launch.start(settings); nb.wait(run)
     nb.show(plots.rewards(run)); nb.accuracy_table(run); nb.samples_table(run); nb.where(run)
 
-Deliberately not here: the tables themselves (`tables`), charts (`plots`), training (`launch`), HTML details
-(`display`).
+Deliberately not here: the tables themselves (view/tables), charts (plots), training (launch), HTML details
+(view/html).
 """
 
 from __future__ import annotations
@@ -26,14 +26,17 @@ from typing import Any
 
 import numpy as np
 
-from dpo_kit import builtin, config, dataset, display, launch, owners, plots, tables
+from dpo_kit import config, dataset, launch, plots
 from dpo_kit.config import Config
 from dpo_kit.config.parameters import from_notebook, parameter_names, unknown_names
-from dpo_kit.display import Html
 from dpo_kit.errors import ConfigError
+from dpo_kit.model import builtin
 from dpo_kit.preferences import PairStore
 from dpo_kit.runs import Run
-from dpo_kit.tables import accuracy_table, reading, samples_table, steps_table, where
+from dpo_kit.supervise import headless
+from dpo_kit.view import html, tables
+from dpo_kit.view.html import Html
+from dpo_kit.view.tables import accuracy_table, reading, samples_table, steps_table, where
 
 __all__ = [
     "SWEEP_NAMES",
@@ -200,7 +203,7 @@ def data_report(train: PairStore, held_out: PairStore | None = None) -> Html:
     reports = [("Training pairs", dataset.format_report(train))]
     if held_out is not None:
         reports.append(("Held-out pairs", dataset.format_report(held_out, train)))
-    return display.stack(*(display.card(title, display.preformatted(text)) for title, text in reports))
+    return html.stack(*(html.card(title, html.preformatted(text)) for title, text in reports))
 
 
 @contextlib.contextmanager
@@ -225,14 +228,14 @@ def pairs(store: PairStore, count: int = 3, start: int = 0) -> Html:
     """Some pairs as text, the shared prefix (run once) set apart from what differs."""
     tokenizer = tables.tokenizer_of(store)
     shown = [_pair_card(store, i, tokenizer) for i in range(start, min(start + count, len(store)))]
-    legend = display.legend(
+    legend = html.legend(
         [
-            ("shared by both, run once", display.SHARED),
-            ("chosen", display.CHOSEN),
-            ("rejected", display.REJECTED),
+            ("shared by both, run once", html.SHARED),
+            ("chosen", html.CHOSEN),
+            ("rejected", html.REJECTED),
         ]
     )
-    return display.stack(legend, *shown)
+    return html.stack(legend, *shown)
 
 
 def _pair_card(store: PairStore, i: int, tokenizer: Any) -> Html:
@@ -247,10 +250,8 @@ def _pair_card(store: PairStore, i: int, tokenizer: Any) -> Html:
         f"row {pair.index}: {pair.shared} tokens shared, scored from token {pair.prompt}; "
         f"chosen {len(pair.chosen_ids) - pair.shared} and rejected {len(pair.rejected_ids) - pair.shared} more"
     )
-    sides = display.columns(
-        display.marked([(chosen, display.CHOSEN)]), display.marked([(rejected, display.REJECTED)])
-    )
-    return display.card(counts, display.marked([(prefix, display.SHARED)]), sides)
+    sides = html.columns(html.marked([(chosen, html.CHOSEN)]), html.marked([(rejected, html.REJECTED)]))
+    return html.card(counts, html.marked([(prefix, html.SHARED)]), sides)
 
 
 def _split_text(tokenizer: Any, ids: np.ndarray, boundary: int) -> tuple[str, str]:
@@ -272,8 +273,8 @@ def wait(run: Run) -> None:
         RunError: the run did not end `done`; then every line stays.
     """
     run.wait()
-    if owners.in_notebook() and launch.is_headless():
-        display.replace_output(tables.phases_table(run))
+    if headless.in_notebook() and headless.is_headless():
+        html.replace_output(tables.phases_table(run))
 
 
 def show(figure: Any) -> None:

@@ -5,7 +5,7 @@
 
 A handle holds a folder and no process: any process that sees the folder has the same run.
 
-Deliberately not here: starting new runs (launch), charts (plots), what the records mean (analysis).
+Deliberately not here: starting new runs (launch), charts (plots), what the records mean (view/analysis).
 """
 
 from __future__ import annotations
@@ -20,34 +20,25 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpo_kit import (
-    commit,
-    devices,
-    halving,
-    history,
-    identity,
-    locks,
-    manifest,
-    owners,
-    records,
-    resuming,
-    supervisor,
-    watch,
-)
 from dpo_kit import config as config_module
 from dpo_kit.config import Config
-from dpo_kit.display import table
 from dpo_kit.errors import RunError, UserError
-from dpo_kit.files import atomic_write, read_json, to_json
-from dpo_kit.room import size_of, size_text
+from dpo_kit.records import lock, manifest, resuming, run_folder
+from dpo_kit.records.checkpoints import steps
+from dpo_kit.records.metrics import read_metrics
+from dpo_kit.records.status import ENDED, effective, read_status, request_stop, steps_text
+from dpo_kit.supervise import headless, start
+from dpo_kit.system.machine import size_of, size_text
+from dpo_kit.view import progress
+from dpo_kit.view.html import table
 
 if TYPE_CHECKING:
     import pandas as pd
 
+
 _POLL_S = 0.25
 # From the last rank's end until the supervisor has written the state.
 _STOP_SLACK_S = 15.0
-_supervisors: dict[int, subprocess.Popen] = {}  # kept so that Python does not warn about running children
 
 
 class Run:
@@ -58,11 +49,11 @@ class Run:
         self._supervisor: subprocess.Popen | None = None
 
     def __repr__(self) -> str:
-        return f"Run({self.name}: {watch.describe(self.status)})"
+        return f"Run({self.name}: {progress.describe(self.status)})"
 
     def _repr_html_(self) -> str:
         status = self.status
-        rows = [["state", watch.describe(status)], ["step", steps_text(status)], ["folder", str(self.dir)]]
+        rows = [["state", progress.describe(status)], ["step", steps_text(status)], ["folder", str(self.dir)]]
         if status.get("samples"):
             rows.append(["samples", status["samples"]])
         return table(["run", self.name], rows)._repr_html_()
@@ -70,22 +61,22 @@ class Run:
     @property
     def name(self) -> str:
         """`experiment/trial`."""
-        return records.run_name(self.dir)
+        return run_folder.run_name(self.dir)
 
     @property
     def status(self) -> dict[str, Any]:
         """What `status.json` says now; a run whose supervisor is gone has failed."""
-        status = records.read_status(self.dir)
+        status = read_status(self.dir)
         process = self._supervisor
         if status.get("state") == "queued" and process is not None and process.poll() is not None:
-            status = records.read_status(self.dir)
+            status = read_status(self.dir)
             if status.get("state") == "queued":
                 return {
                     **status,
                     "state": "failed",
-                    "message": _supervisor_words(self.dir, process.returncode),
+                    "message": start.supervisor_words(self.dir, process.returncode),
                 }
-        return records.settle(status)
+        return effective(status)
 
     @property
     def state(self) -> str:
@@ -95,7 +86,7 @@ class Run:
     @property
     def is_live(self) -> bool:
         """True while a supervisor works on it."""
-        return self.state not in records.ENDED
+        return self.state not in ENDED
 
     @property
     def config(self) -> Config:
@@ -104,7 +95,7 @@ class Run:
 
     def checkpoints(self) -> list[int]:
         """Steps of the checkpoints that there are, in order; whether they are whole is seen when one is loaded."""
-        return commit.steps(self.dir / "checkpoints")
+        return steps(self.dir / "checkpoints")
 
     def metrics(self) -> pd.DataFrame:
         """`metrics.jsonl` as a table: one row a line (training steps and evaluations), one column a name."""
@@ -112,7 +103,7 @@ class Run:
             import pandas
         except ImportError as error:
             raise UserError('run.metrics() needs pandas; run: pip install "dpo-kit[notebook]"') from error
-        return pandas.DataFrame.from_records(history.read_metrics(self.dir))
+        return pandas.DataFrame.from_records(read_metrics(self.dir))
 
     def wait(self, timeout: float | None = None, show: bool = True) -> Run:
         """Waits for the end, showing progress: bar and live chart in a notebook, else plain lines.
@@ -131,8 +122,8 @@ class Run:
         try:
             status = self._follow(timeout, show)
         except KeyboardInterrupt:
-            if _belongs_here(records.read_status(self.dir)):
-                records.request_stop(self.dir, "preempted")
+            if _belongs_here(read_status(self.dir)):
+                request_stop(self.dir, "preempted")
                 print(f"interrupted: {self.name} saves and ends", flush=True)
             elif show:
                 print(f"{self.name} goes on; run.wait() shows it again, run.stop() ends it", flush=True)
@@ -147,7 +138,7 @@ class Run:
         In a notebook this returns at once (a thread keeps bar and chart up to date, and other cells and
         buttons stay usable); headless it prints lines and returns at the end of the run.
         """
-        if owners.in_notebook() and not owners.is_headless():
+        if headless.in_notebook() and not headless.is_headless():
             view = _view(self)
             view.open()
             threading.Thread(target=self._follow, args=(None, True, view), name="watch", daemon=True).start()
@@ -165,7 +156,7 @@ class Run:
         """
         if not self.is_live:
             return self
-        records.request_stop(self.dir, "stopped")
+        request_stop(self.dir, "stopped")
         limit = self.config.cluster.grace_s + _STOP_SLACK_S if timeout is None else timeout
         self._follow(limit, False)
         return self
@@ -183,10 +174,10 @@ class Run:
         elif self.is_live:
             print(f"{self.name} is {self.state}; nothing to resume", flush=True)
         else:
-            if problem := resume_problem(self):
+            if problem := start.resume_problem(self.dir):
                 raise UserError(problem)
-            begin_anew(self)
-            start_supervisor(self)
+            start.begin_anew(self.dir)
+            self._supervisor = start.start_supervisor(self.dir)
         return self
 
     def epitaph(self) -> str:
@@ -207,11 +198,13 @@ class Run:
             view = _view(self)
         status = self.status
         try:
-            while status.get("state") not in records.ENDED:
+            while status.get("state") not in ENDED:
                 if view is not None:
                     view.update(status)
                 if deadline is not None and time.monotonic() > deadline:
-                    raise TimeoutError(f"{self.name} is still {watch.describe(status)} after {timeout:g} s")
+                    raise TimeoutError(
+                        f"{self.name} is still {progress.describe(status)} after {timeout:g} s"
+                    )
                 time.sleep(_POLL_S)
                 status = self.status
         finally:
@@ -243,7 +236,7 @@ def find(text: str, fileroot: str | Path) -> Run:
     Raises:
         UserError: none, or several.
     """
-    runs = [Run(folder) for folder in records.list_runs(Path(fileroot))]
+    runs = [Run(folder) for folder in run_folder.list_runs(Path(fileroot))]
     named = [run for run in runs if text in (run.name, run.dir.name)]
     exact = [run for run in named if run.name == text]
     if len(exact or named) == 1:
@@ -271,130 +264,18 @@ def remove(run: Run, yes: bool = False) -> bool:
     """
     if run.dir.is_symlink() or not (run.dir / "manifest.json").is_file():
         raise UserError(f"{run.dir} is a link, or holds no manifest.json of a run: remove it yourself")
-    if run.is_live or locks.lock_owner(run.dir):
+    if run.is_live or lock.lock_owner(run.dir):
         stop = manifest.command("stop", run.dir)
         raise UserError(f"{run.name} is {run.state}; stop it first: {stop}")
     size = size_text(size_of(run.dir))
     if not yes:
         print(f"{run.dir} ({size}) would be removed; add --yes to remove it", flush=True)
         return False
-    records.remove_folder(run.dir)
+    run_folder.remove_folder(run.dir)
     if run.dir.exists():
         raise UserError(f"{run.dir} cannot be removed; may you write there?")
     print(f"removed {run.dir} ({size})", flush=True)
     return True
-
-
-def steps_text(status: dict[str, Any]) -> str:
-    """`8 of 48`."""
-    total = status.get("total_steps")
-    return f"{status.get('step') or 0}" + (f" of {total}" if total else "")
-
-
-# ---------------------------------------------------------------- supervisors
-
-
-def begin_anew(run: Run, config: Config | None = None, made: dict[str, Any] | None = None) -> None:
-    """Queues an ended run again; without a checkpoint it starts anew, and what it had made is set aside.
-
-    Args:
-        run: a run that is not live.
-        config: the configuration to go on with; its own when left out.
-        made: the manifest that goes with it.
-
-    Raises:
-        UserError: somebody else is about to run it; nothing was changed.
-    """
-    sweep(run)  # before the lock, which a full disk has no room for
-    with locks.lock(run.dir):
-        before = records.read_status(run.dir)
-        if records.is_live(before):
-            raise UserError(
-                f"{run.name} is being started by another process; see `{manifest.command('show', run.dir)}`"
-            )
-        kept = run.checkpoints()
-        is_trained = bool(before.get("trained")) and (run.dir / "model").is_dir() and _is_same(run, config)
-        told = ""
-        if kept or is_trained:
-            records.clear_requests(run.dir)
-        else:
-            told = records.clear(run.dir)
-        # First the status: with another configuration the model that is there is not what was asked for.
-        fields: dict[str, Any] = {"attempt": int(before.get("attempt") or 1) + 1}
-        if is_trained:
-            fields |= {"trained": True, "step": before.get("step"), "total_steps": before.get("total_steps")}
-        elif kept:
-            fields["step"] = kept[-1]
-        records.reset_status(run.dir, **fields)
-        if config is not None:
-            old = read_json(run.dir / "manifest.json", {})
-            goes_on = ("parent", "repeats", "data", "weights") if kept or is_trained else ()
-            stays = {key: old[key] for key in goes_on if key in old}
-            atomic_write(run.dir / "config.yaml", config_module.to_yaml(config))
-            atomic_write(run.dir / "manifest.json", to_json({**stays, **(made or {})}, indent=2))
-    if is_trained:
-        how = "is trained; what is left is done now"
-    elif kept:
-        how = f"goes on from its last checkpoint, step-{kept[-1]}"
-    else:
-        how = "has no checkpoint and starts anew" + (f" ({steps_text(before)} steps): {told}" if told else "")
-    print(f"{run.name} {how}", flush=True)
-
-
-def sweep(run: Run) -> None:
-    """Clears away what a killed run left half-written; it may be what fills the disk."""
-    with locks.unowned(run.dir) as is_free:
-        if is_free and not run.is_live:
-            commit.sweep(run.dir / "checkpoints")
-            for place in (run.dir, run.dir / "exports"):
-                commit.mend(place)
-
-
-def resume_problem(run: Run) -> str:
-    """Why a run that has ended may not go on with its own settings, and what may be done; empty when it may.
-
-    Raises:
-        UserError: a file of it is damaged, or no checkpoint is whole.
-    """
-    config = run.config
-    config_module.check(config)
-    halving.read(run.dir)
-    at = resuming.point(run.dir)
-    if at is not None and at.trained:
-        return ""
-    problem = resuming.refusal(run.dir, at, config) if at else resuming.lost(run.dir, [])
-    if not problem and (
-        problem := devices.too_many(int(config.cluster.n_gpus_per_node), devices.visible_devices())
-    ):
-        others = ("cluster.n_gpus_per_node=auto", "actor.backend=fsdp", "ref.backend=fsdp")
-        problem += f"; to go on with others: {manifest.train_command(run.dir, *others)}"
-    return problem
-
-
-def _is_same(run: Run, config: Config | None) -> bool:
-    """Whether a configuration means the model that the folder holds: it differs in what follows the training only."""
-    if config is None:
-        return True
-    after = ("evaluator.", "stats_logger.", "recover.", "cluster.", "scheduler.")
-    changed = identity.differences(config_module.to_tree(run.config), config_module.to_tree(config))
-    return all(key.startswith(after) for key in changed)
-
-
-def start_supervisor(run: Run, owner: str | None = None) -> None:
-    """Starts a detached supervisor for a queued run.
-
-    Args:
-        run: the run.
-        owner: `interactive`, `headless` or `detached`; None finds out.
-    """
-    kind = owner or ("headless" if owners.is_headless() else "interactive")
-    owned_by = owners.owners() if kind == "headless" else []
-    mine = owned_by[0] if owned_by else {"pid": None, "create_time": None, "host": None}
-    records.update_status(run.dir, owner={"kind": kind, **mine})
-    run._supervisor = supervisor.spawn_detached(run.dir, owned_by)
-    for pid in [pid for pid, process in _supervisors.items() if process.poll() is not None]:
-        del _supervisors[pid]
-    _supervisors[run._supervisor.pid] = run._supervisor
 
 
 def _belongs_here(status: dict[str, Any]) -> bool:
@@ -402,32 +283,23 @@ def _belongs_here(status: dict[str, Any]) -> bool:
     return owner.get("kind") == "headless" and owner.get("pid") == os.getpid()
 
 
-def _supervisor_words(run_dir: Path, code: int) -> str:
-    from dpo_kit.failures import last_line
-
-    said = last_line(run_dir / "logs" / "supervisor.log")
-    return (
-        f"its supervisor ended with status {code}" + (f": {said}" if said else "") + " (logs/supervisor.log)"
-    )
-
-
 class _LinesView:
     """Plain lines with the closing call of a `live.View`."""
 
     def __init__(self, run: Run):
-        self.lines = watch.Lines(run.dir)
+        self.lines = progress.Lines(run.dir)
 
     def update(self, status: dict[str, Any]) -> None:
         self.lines.update(status)
 
     def close(self, status: dict[str, Any]) -> None:
-        if status.get("state") in records.ENDED:
+        if status.get("state") in ENDED:
             self.lines.finish(status)
 
 
 def _view(run: Run) -> Any:
-    if owners.in_notebook() and not owners.is_headless():
-        from dpo_kit import live
+    if headless.in_notebook() and not headless.is_headless():
+        from dpo_kit.view import live
 
         return live.View(run)
     return _LinesView(run)

@@ -19,11 +19,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dpo_kit import analysis, display, history, launch, records, tables
 from dpo_kit import config as configs
+from dpo_kit import launch
 from dpo_kit.config import Config
 from dpo_kit.errors import ConfigError, RunError, UserError
+from dpo_kit.records import metrics, run_folder, status
 from dpo_kit.runs import Run
+from dpo_kit.view import analysis, html, tables
 
 SHORT_AXES = {
     "betas": ("actor.beta", float),
@@ -55,7 +57,7 @@ class Trial:
 
     @property
     def records(self) -> list[dict[str, Any]]:
-        return history.read_metrics(self.run.dir) if self.run else []
+        return metrics.read_metrics(self.run.dir) if self.run else []
 
 
 def axes(**lists: Any) -> dict[str, list[Any]]:
@@ -120,11 +122,11 @@ def expand(base: Config | Callable[[list[str]], Config], axes: Axes) -> list[Tri
         except ConfigError as error:
             problems += error.problems
             continue
-        family = family or config.trial_name or records.fresh_trial_name()
+        family = family or config.trial_name or run_folder.fresh_trial_name()
         varied = {key: value for key, value in chosen.items() if len(axes[key]) > 1}
         name = "-".join([family, *(_in_name(key, value) for key, value in varied.items())])
         label = ", ".join(_in_label(key, value) for key, value in (varied or chosen).items()) or name
-        trials.append(Trial(label, replace(config, trial_name=records.check_name("trial_name", name))))
+        trials.append(Trial(label, replace(config, trial_name=run_folder.check_name("trial_name", name))))
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
     return trials
@@ -195,14 +197,14 @@ class Sweep:
         """Ends the run that is under way, with its state saved, and starts no other."""
         self._stop.set()
         for trial in self.trials:
-            if trial.run is not None and records.is_live(trial.run.status):
-                records.request_stop(trial.run.dir, "stopped")
+            if trial.run is not None and status.is_live(trial.run.status):
+                status.request_stop(trial.run.dir, "stopped")
 
     def _until_ended(self) -> None:
         """Waits until the run that was asked to stop has saved, at most its grace period."""
         for trial in self.trials:
             deadline = time.monotonic() + trial.config.cluster.grace_s
-            while trial.run and records.is_live(trial.run.status) and time.monotonic() < deadline:
+            while trial.run and status.is_live(trial.run.status) and time.monotonic() < deadline:
                 time.sleep(_POLL_S)
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -226,7 +228,7 @@ class Sweep:
                 self._one(trial, show)
             except Exception as error:  # whatever one run dies of, the others are made and it is told
                 trial.state = trial.run.state if trial.run else "failed"
-                trial.error = "" if trial.state == "stopped" else records.one_line(error)
+                trial.error = "" if trial.state == "stopped" else status.one_line(error)
                 if show and trial.error:
                     print(f"  did not end done: {trial.error}", flush=True)
 
@@ -238,7 +240,7 @@ class Sweep:
         else:
             while trial.run.state in ("queued", "running"):
                 if self._stop.is_set():
-                    records.request_stop(trial.run.dir, "stopped")
+                    status.request_stop(trial.run.dir, "stopped")
                 time.sleep(_POLL_S)
             trial.run.wait(show=False)
         trial.state = trial.run.state
@@ -268,7 +270,7 @@ def _result(label: str, state: str, lines: list[dict[str, Any]]) -> dict[str, An
     }
 
 
-def table(trials: Sequence[Trial]) -> display.Html:
+def table(trials: Sequence[Trial]) -> html.Html:
     """`results` as a table: one line a run."""
     header = [
         "run",
@@ -299,10 +301,10 @@ def table(trials: Sequence[Trial]) -> display.Html:
     ]
     caption = "chosen, rejected, margin and accuracy are of the held-out pairs"
     known = tables.findings_list([trial.run for trial in trials if trial.run])
-    return display.stack(known, display.table(header, rows, caption=caption))
+    return html.stack(known, html.table(header, rows, caption=caption))
 
 
-def phases(trials: Sequence[Trial]) -> display.Html:
+def phases(trials: Sequence[Trial]) -> html.Html:
     """Which run took how long, and its folder."""
     rows = []
     for trial in trials:
@@ -310,7 +312,7 @@ def phases(trials: Sequence[Trial]) -> display.Html:
         rows.append(
             [trial.label, trial.state, f"{sum(seconds):.0f} s", str(trial.run.dir) if trial.run else "-"]
         )
-    return display.table(["run", "state", "time", "folder"], rows)
+    return html.table(["run", "state", "time", "folder"], rows)
 
 
 def _number(value: float | None, form: str = ".3f") -> str:
@@ -318,4 +320,4 @@ def _number(value: float | None, form: str = ".3f") -> str:
 
 
 def _signed(value: float | None) -> str:
-    return "-" if value is None else display.signed(value)
+    return "-" if value is None else html.signed(value)

@@ -13,10 +13,12 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from dpo_kit import display, launch, owners, plots, sweep
+from dpo_kit import plots, sweep
 from dpo_kit.config import Config, read_list
 from dpo_kit.config.schema import LOSS_TYPES
 from dpo_kit.errors import UserError
+from dpo_kit.supervise import headless
+from dpo_kit.view import html
 
 BETAS = (0.05, 0.1, 0.2, 0.5)
 _REFRESH_S = 1.0
@@ -81,11 +83,11 @@ class SweepPanel:
         Raises:
             RunError: headless, when a run did not end `done`.
         """
-        if launch.is_headless():
+        if headless.is_headless():
             self.sweep = sweep.Sweep(self.trials())
             self.sweep.run()
-            if owners.in_notebook():  # the lines of progress were for the log
-                display.replace_output(sweep.phases(self.sweep.trials))
+            if headless.in_notebook():  # the lines of progress were for the log
+                html.replace_output(sweep.phases(self.sweep.trials))
         else:
             from IPython.display import display as show
 
@@ -95,10 +97,10 @@ class SweepPanel:
         """(label, metric records) of the runs so far, for `plots`; empty before Start."""
         return self.sweep.curves() if self.sweep is not None else []
 
-    def table(self) -> display.Html:
+    def table(self) -> html.Html:
         """What the runs so far ended with."""
         if self.sweep is None:
-            return display.paragraph("No run yet: press Start in the panel, then run this cell again.")
+            return html.paragraph("No run yet: press Start in the panel, then run this cell again.")
         return sweep.table(self.sweep.trials)
 
     def _say_plan(self) -> None:
@@ -114,7 +116,7 @@ class SweepPanel:
         self._say(f"{count} run{'s' if count > 1 else ''}, one after the other")
 
     def _say(self, text: str) -> None:
-        self.message.value = display.paragraph(text).markup
+        self.message.value = html.paragraph(text).markup
 
     def _on_start(self) -> None:
         if self.sweep is not None and self.sweep.is_running:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from dpo_kit import builtin
-from dpo_kit.processes import end_tree
+from dpo_kit.model import builtin
+from dpo_kit.system.processes import end_tree
 from tests.fakes import Fakes
 from tests.ranks import Ranks
 

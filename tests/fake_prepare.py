@@ -1,4 +1,4 @@
-"""Plays `dpo_kit.prepare`; see `tests.fake_run`."""
+"""Plays `dpo_kit.dataset.prepare`; see `tests.fake_run`."""
 
 from __future__ import annotations
 

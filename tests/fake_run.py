@@ -14,9 +14,10 @@ import sys
 import time
 from pathlib import Path
 
-from dpo_kit import commit, halving, hangs, history, records
 from dpo_kit import config as config_module
 from dpo_kit.errors import DataError
+from dpo_kit.records import budget, checkpoints, metrics, status
+from dpo_kit.system import folders, processes
 
 
 def act(run_dir, part, action, rank):
@@ -28,42 +29,42 @@ def act(run_dir, part, action, rank):
     elif name == "print":
         print(arguments[0], flush=True)
     elif name == "progress":
-        records.write_progress(run_dir, **arguments[0])
+        status.write_progress(run_dir, **arguments[0])
     elif name == "exit":
         os._exit(arguments[0])
     elif name == "kill":
         os.kill(os.getpid(), arguments[0])
     elif name == "hang":
-        hangs.answer_requests()
+        processes.answer_requests()
         hang()
     elif name == "wait":  # as a rank does that stands in a collective
-        hangs.answer_requests()
+        processes.answer_requests()
         exec(compile("import time\ntime.sleep(600)", "torch/distributed/collective.py", "exec"))
     elif name == "checkpoint" and rank != 0:
         return
     elif name == "checkpoint":
         folder = run_dir / "checkpoints" / f"step-{arguments[0]}"
-        staged = commit.stage(folder)
+        staged = folders.stage(folder)
         (staged / "data").write_text("weights")
         config = config_module.to_tree(config_module.load(run_dir / "config.yaml"))
         facts = {"step": arguments[0], "identity": {"config": config}}
-        (staged / commit.STATE).write_text(json.dumps(facts))
-        commit.seal(staged, folder, commit.hashes(staged, ["data", commit.STATE]))
+        (staged / checkpoints.STATE).write_text(json.dumps(facts))
+        folders.seal(staged, folder, folders.hashes(staged, ["data", checkpoints.STATE]))
     elif name == "attempts":  # one list of actions for each attempt; the last one for those that follow
-        number = records.read_status(run_dir)["attempt"]
+        number = status.read_status(run_dir)["attempt"]
         for inner in arguments[min(number, len(arguments)) - 1]:
             act(run_dir, part, inner, rank)
     elif name == "budget":
-        halving.write(run_dir, halving.read(run_dir) or arguments[0])
+        budget.write(run_dir, budget.read(run_dir) or arguments[0])
     elif name == "out of memory":
         error = RuntimeError("not enough memory")
-        records.write_rank_error(run_dir, rank, error, out_of_memory=arguments[0])
-        os._exit(halving.OUT_OF_MEMORY)
+        status.write_rank_error(run_dir, rank, error, out_of_memory=arguments[0])
+        os._exit(budget.OUT_OF_MEMORY)
     elif name == "raise":
         error = {"DataError": DataError, "ValueError": ValueError, "RuntimeError": RuntimeError}[
             arguments[0]
         ](arguments[1])
-        records.write_rank_error(run_dir, part if rank is None else rank, error)
+        status.write_rank_error(run_dir, part if rank is None else rank, error)
         sys.exit(2 if isinstance(error, DataError) else 1)
     elif name == "train":
         train(run_dir, rank, *arguments)
@@ -85,8 +86,8 @@ def train(run_dir, rank, steps, step_s):
         time.sleep(step_s)
         if rank == 0:
             record = {"step": step, "dpo/loss": 0.7 - 0.01 * step, "dpo/reward_accuracy": 0.5}
-            history.append_metrics(run_dir, record)
-            records.write_progress(run_dir, phase="training", done=step, total=steps)
+            metrics.append_metrics(run_dir, record)
+            status.write_progress(run_dir, phase="training", done=step, total=steps)
         if asked:
             if rank == 0:
                 (run_dir / "saved").write_text(str(step))

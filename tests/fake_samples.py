@@ -1,4 +1,4 @@
-"""Plays `dpo_kit.samples`; see `tests.fake_run`."""
+"""Plays `dpo_kit.tools.samples`; see `tests.fake_run`."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 
-from dpo_kit import supervisor
+from dpo_kit.supervise import supervisor
 
 MODULES = {
     "prepare_module": "tests.fake_prepare",

@@ -1,4 +1,4 @@
-"""Plays `dpo_kit.worker`; see `tests.fake_run`."""
+"""Plays `dpo_kit.engine.worker`; see `tests.fake_run`."""
 
 from __future__ import annotations
 

@@ -7,9 +7,12 @@ import functools
 import json
 
 from dpo_kit import config as config_module
-from dpo_kit import launch, records, runs, supervisor
+from dpo_kit import launch
 from dpo_kit.errors import RunError
-from dpo_kit.processes import is_alive
+from dpo_kit.records import status
+from dpo_kit.supervise import start as supervise_start
+from dpo_kit.supervise import supervisor
+from dpo_kit.system.processes import is_alive
 from tests.fake_supervisor import MODULES
 
 TREE = {
@@ -32,9 +35,9 @@ class Fakes:
         self.play_file = root / "play.json"
         (root / "data.jsonl").write_text(json.dumps(PAIR) + "\n")
         monkeypatch.setenv("FAKE_PLAY", str(self.play_file))
-        start = functools.partial(supervisor.spawn_detached, module="tests.fake_supervisor")
-        monkeypatch.setattr(supervisor, "spawn_detached", start)
-        monkeypatch.setattr(launch, "supervise", functools.partial(launch.supervise, **MODULES))
+        start = functools.partial(supervise_start.spawn_detached, module="tests.fake_supervisor")
+        monkeypatch.setattr(supervise_start, "spawn_detached", start)
+        monkeypatch.setattr(supervisor, "supervise", functools.partial(supervisor.supervise, **MODULES))
         self.play([["train", 3, 0.02]])
 
     def play(self, worker, prepare=(), samples=()):
@@ -59,8 +62,10 @@ class Fakes:
         """Stops what is live; processes of ranks that are left all the same."""
         live = launch.live(self.fileroot)
         for run in live:
-            records.request_stop(run.dir, "stopped")
-        for process in runs._supervisors.values():  # also those that have not said yet who they are
+            status.request_stop(run.dir, "stopped")
+        for (
+            process
+        ) in supervise_start._supervisors.values():  # also those that have not said yet who they are
             process.wait(10)
         for run in live:
             if run.status.get("supervisor"):

@@ -9,7 +9,9 @@ import numpy as np
 import torch.distributed as dist
 
 from dpo_kit import config as config_module
-from dpo_kit import engine, loading, model, parallel
+from dpo_kit.engine import loop, reference
+from dpo_kit.engine.state import Engine, load_model
+from dpo_kit.model import pair_model, parallel
 from dpo_kit.preferences import Pair, PairStore, arrays_of, longest_common_prefix, open_store, write_store
 
 VOCAB = 200
@@ -77,19 +79,17 @@ def one_rank():
         yield world
 
 
-def make_engine(world, config, train: PairStore, valid: PairStore | None = None) -> engine.Engine:
+def make_engine(world, config, train: PairStore, valid: PairStore | None = None) -> Engine:
     """An engine as the worker makes it, the reference included."""
-    policy = loading.load_model(
-        config, config.actor.path, config.actor.dtype, world, [train, valid], trainable=True
-    )
+    policy = load_model(config, config.actor.path, config.actor.dtype, world, [train, valid], trainable=True)
     if config.actor.disable_dropout:
-        model.disable_dropout(policy)
-    state = engine.Engine(config, world, policy, train=train, valid=valid)
+        pair_model.disable_dropout(policy)
+    state = Engine(config, world, policy, train=train, valid=valid)
     for name in ("actor", "ref"):
         tokens = getattr(config, name).mb_spec.max_tokens_per_mb
         if tokens != "auto":
             setattr(state, f"{name}_tokens", tokens)
-    loading.prepare_reference(state, Path(config.cluster.fileroot))
+    reference.prepare_reference(state, Path(config.cluster.fileroot))
     return state
 
 
@@ -103,11 +103,11 @@ def train_tiny(folder: str, overrides: tuple[str, ...] = (), num_pairs: int = 40
         config = tiny_config(root / "runs", *overrides)
         state = make_engine(world, config, open_store(root / "pairs"))
         steps: list[dict] = []
-        hooks = engine.Hooks(
+        hooks = loop.Hooks(
             stepped=steps.append,
             evaluated=lambda *_: None,
             due=lambda *_: False,
             save=lambda _: None,
         )
-        engine.train(state, hooks)
+        loop.train(state, hooks)
         return steps

@@ -24,8 +24,9 @@ from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any
 
-from dpo_kit import processes, spawn, spawn_rank
-from dpo_kit.records import one_line
+from dpo_kit.launch import one_rank, ranks
+from dpo_kit.records.status import one_line
+from dpo_kit.system import processes
 
 # After one rank has raised, how long the others may take to come back before they are taken for stuck.
 _AFTER_ERROR_S = 3.0
@@ -43,7 +44,7 @@ class Ranks:
 
     def run(self, fn: Any, *args: Any, timeout_s: float = 300.0) -> list[Any]:
         """Calls `fn(*args)` on every rank; the results in rank order."""
-        name = spawn.importable_name(fn)
+        name = ranks.importable_name(fn)
         if not self.processes:
             self._start()
         self.calls += 1
@@ -60,7 +61,7 @@ class Ranks:
 
     def close(self) -> None:
         """Ends the ranks; the next call starts new ones."""
-        spawn.end_ranks(self.processes)
+        ranks.end_ranks(self.processes)
         for pipe in self.pipes:
             pipe.close()
         self.processes, self.pipes = [], []
@@ -72,7 +73,7 @@ class Ranks:
             with open(log, "ab") as output:
                 process = subprocess.Popen(
                     [sys.executable, "-m", "tests.ranks", str(theirs.fileno())],
-                    env=spawn.rank_environment(self.size, rank),
+                    env=processes.rank_environment(self.size, rank),
                     pass_fds=[theirs.fileno()],
                     stdin=subprocess.DEVNULL,
                     stdout=output,
@@ -134,8 +135,8 @@ def serve(pipe: Connection) -> None:
             # The group of the call before is left only now, when no rank talks on it any more.
             if dist.is_initialized():
                 dist.destroy_process_group()
-            spawn_rank.join(task["store"], "gloo", task["timeout_s"])
-            result = spawn_rank.find(task["module"], task["name"])(*task["args"])
+            one_rank.join(task["store"], "gloo", task["timeout_s"])
+            result = one_rank.find(task["module"], task["name"])(*task["args"])
             answer = pickle.dumps({"result": result})
         except BaseException as error:
             answer = pickle.dumps(

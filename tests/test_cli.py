@@ -18,8 +18,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dpo_kit import builtin, cli, devices, history, records
+from dpo_kit import cli
 from dpo_kit.errors import RunError
+from dpo_kit.model import builtin
+from dpo_kit.records import metrics
+from dpo_kit.records.status import read_status
+from dpo_kit.system import machine
 from tests.toy_tokenizers import save_tokenizer
 
 SMOKE = Path(__file__).parents[1] / "params" / "smoke.yaml"
@@ -93,8 +97,8 @@ def test_train_prints_the_run_folder_last(trained):
     assert (status, err) == (0, [])
     assert out[-1] == str(folder / "runs" / "cli" / "first")
     assert out[0] == "1 CPU rank (gloo), " + out[0].split("gloo), ")[1]
-    assert records.read_status(Path(out[-1]))["state"] == "done"
-    assert [m["step"] for m in history.read_metrics(Path(out[-1]))] == [1, 2, 3]
+    assert read_status(Path(out[-1]))["state"] == "done"
+    assert [m["step"] for m in metrics.read_metrics(Path(out[-1]))] == [1, 2, 3]
 
 
 def test_a_sweep_makes_a_run_for_each_beta(trained):
@@ -206,7 +210,7 @@ def test_detach_stop_and_resume(fakes):
     assert (status, err) == (0, [])
     run_dir = Path(out[-1])
     assert "beta: 0.2" in (run_dir / "config.yaml").read_text()
-    assert records.read_status(run_dir)["owner"]["kind"] == "detached"
+    assert read_status(run_dir)["owner"]["kind"] == "detached"
     resumed = call("runs", "resume", run_dir)
     assert (resumed[0], len(resumed[2])) == (2, 1)
     assert call("runs", "stop", run_dir)[:2] == (0, ["cli/long: stopped"])
@@ -231,7 +235,7 @@ def test_a_reader_that_goes_away_is_no_traceback(trained):
 
 
 def test_a_run_goes_on_when_nobody_reads_its_lines():
-    code = "from dpo_kit import watch\nfor _ in range(99): watch._print('x' * 9999)\nraise SystemExit(7)"
+    code = "from dpo_kit.view import progress\nfor _ in range(99): progress._print('x' * 9999)\nraise SystemExit(7)"
     command = f'{sys.executable} -c "{code}" | head -c 1; exit ${{PIPESTATUS[0]}}'
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (7, "")
@@ -331,7 +335,7 @@ WRONG_CONFIGS = {
 
 @pytest.mark.parametrize("name", WRONG_CONFIGS)
 def test_a_wrong_config_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(devices, "visible_devices", lambda: 0)
+    monkeypatch.setattr(machine, "visible_devices", lambda: 0)
     change, message = WRONG_CONFIGS[name]
     builtin.ensure("tiny-random")
     other = other_tokenizer(tmp_path / "other")
@@ -473,7 +477,7 @@ def test_a_fork_without_changes_equals_its_parent(tmp_path):
     )
     times = ("step_s", "tokens_per_second", "pairs_per_second")
     mine, theirs = (
-        [{k: v for k, v in line.items() if k not in times} for line in history.read_metrics(run_dir)]
+        [{k: v for k, v in line.items() if k not in times} for line in metrics.read_metrics(run_dir)]
         for run_dir in (child, parent)
     )
     assert mine == theirs
@@ -495,8 +499,8 @@ def test_the_command_in_the_manifest_repeats_the_run(trained, tmp_path):
     status, out, err = call(*given, f"cluster.fileroot={tmp_path / 'elsewhere'}", "trial_name=again")
     assert (status, err) == (0, [])
     again = Path(out[-1])
-    assert [line["dpo/loss"] for line in history.read_metrics(again)] == [
-        line["dpo/loss"] for line in history.read_metrics(first)
+    assert [line["dpo/loss"] for line in metrics.read_metrics(again)] == [
+        line["dpo/loss"] for line in metrics.read_metrics(first)
     ]
     (told,) = [line for line in out if line.startswith("repeats ")]
     assert told.startswith("repeats cli/first: differs in cluster.fileroot: ")

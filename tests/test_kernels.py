@@ -13,10 +13,11 @@ import pytest
 import yaml
 from nbclient import NotebookClient
 
-from dpo_kit import commit, history, runs
+from dpo_kit import runs
+from dpo_kit.records import checkpoints, metrics
 from tests.fakes import LONG
+from tests.supervise.test_supervisor import until
 from tests.test_ranks import wait_for_pids, wait_gone
-from tests.test_supervisor import until
 
 pytestmark = pytest.mark.notebook
 
@@ -24,9 +25,10 @@ ROOT = Path(__file__).parents[1]
 
 START = """
 import functools
-from dpo_kit import config, launch, supervisor
+from dpo_kit import config, launch
+from dpo_kit.supervise import start
 from tests.fakes import TREE
-supervisor.spawn_detached = functools.partial(supervisor.spawn_detached, module="tests.fake_supervisor")
+start.spawn_detached = functools.partial(start.spawn_detached, module="tests.fake_supervisor")
 c = config.from_tree(TREE, ["cluster.fileroot={root}/runs"], root="{root}")
 run = launch.start(c)
 """
@@ -192,7 +194,7 @@ def test_the_same_papermill_command_goes_on_and_then_skips(tmp_path):
             return subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT, start_new_session=True)
 
     process = begin()
-    until(lambda: len(commit.steps(run_dir / "checkpoints")) >= 2, 120)
+    until(lambda: len(checkpoints.steps(run_dir / "checkpoints")) >= 2, 120)
     process.terminate()
     process.wait(timeout=90)
     run = runs.Run(run_dir)
@@ -202,7 +204,7 @@ def test_the_same_papermill_command_goes_on_and_then_skips(tmp_path):
     assert 2 <= stopped_at < 40
     assert begin().wait(timeout=300) == 0, (tmp_path / "log").read_text()[-3000:]
     assert run.state == "done"
-    losses = [line["step"] for line in history.read_metrics(run_dir) if "dpo/loss" in line]
+    losses = [line["step"] for line in metrics.read_metrics(run_dir) if "dpo/loss" in line]
     assert losses == list(range(1, 41))
     assert f"resumed from checkpoint step-{stopped_at}" in (run_dir / "logs" / "rank-0.log").read_text()
     before = (run_dir / "status.json").read_bytes()

@@ -15,8 +15,8 @@ from typing import Any
 import nbformat
 import pytest
 
-from dpo_kit.processes import end_tree
-from tests.test_payloads import BROWSER, PAYLOADS, RUN, needs_browser
+from dpo_kit.system.processes import end_tree
+from tests.plots.test_payloads import BROWSER, PAYLOADS, RUN, needs_browser
 
 ROOT = Path(__file__).parents[1]
 # What a person sees who sweeps and watches a run whose names, messages and errors are hostile.
@@ -34,8 +34,11 @@ def hostile_widgets(folder: str) -> tuple[Any, Any]:
     """Shows a sweep panel in the middle of a sweep and the live view of a run, all of their texts payloads."""
     from IPython.display import display
 
-    from dpo_kit import config, history, live, plots, records, sweep, widgets
+    from dpo_kit import config, plots, sweep, widgets
+    from dpo_kit.records import metrics
+    from dpo_kit.records.status import reset_status
     from dpo_kit.runs import Run
+    from dpo_kit.view import live
 
     tree = {
         "ref": {"path": "tiny-random"},
@@ -47,8 +50,8 @@ def hostile_widgets(folder: str) -> tuple[Any, Any]:
     panel.show()
     run_dir = Path(folder) / "exp" / PAYLOADS[3].replace("/", "|")
     (run_dir / "logs").mkdir(parents=True)
-    records.reset_status(run_dir)
-    history.append_metrics(
+    reset_status(run_dir)
+    metrics.append_metrics(
         run_dir, {"step": 1, "dpo/loss": 0.6, "dpo/chosen_reward": 0.1, "dpo/rejected_reward": 0.0}
     )
     run = Run(run_dir)

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from dpo_kit.losses import LOSS_TYPES, implicit_rewards, loss_at_reference, preference_loss
+from dpo_kit.loss_types import LOSS_TYPES, loss_at_reference
+from dpo_kit.losses import implicit_rewards, preference_loss
 
 PC, PR = [-0.5, -10.0, -1.0], [-0.1, -30.0, -21.0]
 RC, RR = [-0.5, -10.1, -0.1], [-0.1, -20.1, -0.1]

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dpo_kit import config, notebook, preferences, tables
+from dpo_kit import config, notebook, preferences
 from dpo_kit.config.parameters import parameter_names
 from dpo_kit.errors import ConfigError
+from dpo_kit.view import tables
 
 CELL = "\n".join(f"{name} = None" for name in parameter_names())
 
@@ -210,10 +211,10 @@ def test_waiting_leaves_one_line_a_phase_where_nobody_watches(monkeypatch):
     shown, waited = [], []
     status = {"state": "done", "phases": [{"name": "training", "seconds": 2.0}]}
     run = types.SimpleNamespace(name="a/b", status=status, wait=lambda: waited.append(1))
-    monkeypatch.setattr(notebook.display, "replace_output", shown.append)
+    monkeypatch.setattr(notebook.html, "replace_output", shown.append)
     for in_notebook, headless in ((True, False), (False, True), (True, True)):
-        monkeypatch.setattr(notebook.owners, "in_notebook", lambda answer=in_notebook: answer)
-        monkeypatch.setattr(notebook.launch, "is_headless", lambda answer=headless: answer)
+        monkeypatch.setattr(notebook.headless, "in_notebook", lambda answer=in_notebook: answer)
+        monkeypatch.setattr(notebook.headless, "is_headless", lambda answer=headless: answer)
         notebook.wait(run)
     assert len(waited) == 3
     assert [s.text.split("\n")[-1] for s in shown] == ["training  2.0 s"]
@@ -250,7 +251,16 @@ def test_pairs_are_built_with_their_warnings_as_lines(project, capsys):
 
 
 def test_the_viewing_room_imports_nothing_heavy():
-    names = ["display", "analysis", "baselines", "plots", "sweep", "widgets", "tables", "notebook"]
+    names = [
+        "view.html",
+        "view.analysis",
+        "view.baselines",
+        "plots",
+        "sweep",
+        "widgets",
+        "view.tables",
+        "notebook",
+    ]
     heavy = ["torch", "transformers", "pandas", "plotly", "ipywidgets", "IPython", "datasets"]
     code = "\n".join(["import sys", *(f"import dpo_kit.{n}" for n in names)])
     told = f"\nprint([m for m in {heavy} if m in sys.modules])"

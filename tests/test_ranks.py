@@ -74,7 +74,7 @@ def wait_for_pids(folder, num_ranks=2, timeout_s=90.0):
 
 
 def wait_gone(pids, seconds):
-    from dpo_kit.processes import is_alive
+    from dpo_kit.system.processes import is_alive
 
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

@@ -8,10 +8,11 @@ import sys
 
 import pytest
 
-from dpo_kit import config, records
+from dpo_kit import config
 from dpo_kit.errors import ConfigError, UserError
+from dpo_kit.records import status
 from dpo_kit.redaction import SHOWN, found_in, redact
-from tests import test_kills
+from tests.supervise import test_kills
 
 SECRET = "hush-2718281828"
 TOKEN = "hf_" + "aB3" * 12  # looks like an access token; no environment variable holds it
@@ -100,7 +101,7 @@ def test_the_message_about_an_unknown_key_does_not_show_its_secret():
 
 
 def test_what_a_process_of_a_run_prints_is_redacted(tmp_path):
-    """A rank, `prepare` and `samples` all start through `dpo_kit.child`."""
+    """A rank, dataset/prepare and tools/samples all start through `dpo_kit.system.child`."""
     (tmp_path / "says.py").write_text(
         "import os, sys, warnings\n"
         "secret = os.environ['MY_API_KEY']\n"
@@ -110,7 +111,7 @@ def test_what_a_process_of_a_run_prints_is_redacted(tmp_path):
         "raise RuntimeError(secret)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-m", "dpo_kit.child", "says"],
+        [sys.executable, "-m", "dpo_kit.system.child", "says"],
         env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.getcwd()}"},
         capture_output=True,
         text=True,
@@ -122,7 +123,7 @@ def test_what_a_process_of_a_run_prints_is_redacted(tmp_path):
 
 
 def test_the_cause_of_a_failure_is_redacted(tmp_path):
-    records.write_rank_error(tmp_path, 0, RuntimeError(f"no access with {SECRET}"))
+    status.write_rank_error(tmp_path, 0, RuntimeError(f"no access with {SECRET}"))
     text = (tmp_path / "logs" / "rank-0.error.json").read_text()
     assert SECRET not in text
     assert f"no access with {SHOWN}" in text
@@ -134,7 +135,7 @@ def test_no_file_of_a_run_holds_a_secret(tmp_path, monkeypatch):
         "stats_logger": {"tensorboard": True, "wandb": {"mode": "online", "api_key": TOKEN}},
         "total_train_steps": 2,
     }
-    monkeypatch.setattr("tests.test_kills.PARAMS", {**test_kills.PARAMS, **extra})
+    monkeypatch.setattr("tests.supervise.test_kills.PARAMS", {**test_kills.PARAMS, **extra})
     assert test_kills.start(tmp_path, "one").wait() == 0, (tmp_path / "one.log").read_text()
     files = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
     names = {path.name for path in files}

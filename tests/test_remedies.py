@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from dpo_kit import builtin, dataset
+from dpo_kit import dataset
 from dpo_kit.errors import DataError
-from tests.test_dataset import chat, configure, raw, toy, write_rows  # noqa: F401  (fixtures)
+from dpo_kit.model import builtin
+from tests.dataset.test_builder import chat, configure, raw, toy, write_rows  # noqa: F401  (fixtures)
 
 QUOTES = "He said \u201cyes\u201d \u2013 5 \u20ac"
 

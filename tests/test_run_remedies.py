@@ -8,11 +8,15 @@ import shutil
 
 import pytest
 
-from dpo_kit import commit, devices, forks, history, launch, listing, manifest, records, runs
+from dpo_kit import launch, runs
 from dpo_kit.errors import UserError
-from dpo_kit.files import read_json
+from dpo_kit.launch import forks
+from dpo_kit.records import manifest, metrics, status
+from dpo_kit.system import folders, machine
+from dpo_kit.system.files import read_json
+from dpo_kit.tools import listing
+from tests.supervise.test_supervisor import until
 from tests.test_cli import call
-from tests.test_supervisor import until
 
 _WORD = r"(?:'[^']*'|[^\s;`(),'])+"
 RUNS = {
@@ -52,30 +56,30 @@ def accept(fakes, words):
 def make(fakes, monkeypatch):
     """Makes a run of each kind under a fileroot that is not the default one and needs quoting."""
     fakes.fileroot = fakes.root / "my runs"
-    monkeypatch.setattr(devices, "visible_devices", lambda: 0)
+    monkeypatch.setattr(machine, "visible_devices", lambda: 0)
 
     def run_of(kind):
         fakes.play(RUNS[kind])
         keep = ["recover.keep=all"] if kind == "done with checkpoints" else []
         run = launch.start(fakes.config("trial_name=one", "total_train_steps=3", *keep))
         if kind.startswith("stopped"):
-            until(lambda: len(history.read_metrics(run.dir)) >= 4)
+            until(lambda: len(metrics.read_metrics(run.dir)) >= 4)
             run.stop()
         else:
             until(lambda: not run.is_live)
         if kind == "trained":
             (run.dir / "model").mkdir()
             (run.dir / "model" / "weights").write_text("x")
-            records.update_status(run.dir, state="failed", trained=True)
+            status.update_status(run.dir, state="failed", trained=True)
         if kind == "damaged":
             (run.dir / "checkpoints" / "step-2" / "data").write_text("")
         if kind in ("an orphan", "a fork without a checkpoint"):
             child = forks.fork(run, overrides=["trial_name=child"])
-            records.update_status(child.dir, state="failed")
+            status.update_status(child.dir, state="failed")
             if kind == "an orphan":
                 shutil.rmtree(run.dir)
             else:
-                commit.discard(child.dir / "checkpoints" / "step-2")
+                folders.discard(child.dir / "checkpoints" / "step-2")
             run = child
         return run
 
@@ -105,7 +109,7 @@ def test_what_a_run_says_at_its_end_works(fakes, make, kind):
     assert len(found) == {"damaged": 0, "failed by a mistake": 2}.get(kind, 1)
     for words in found:
         accept(fakes, words)
-        records.update_status(run.dir, state="failed", trained=False)
+        status.update_status(run.dir, state="failed", trained=False)
     if kind == "damaged":  # what it says in words
         shutil.rmtree(run.dir / "checkpoints")
         accept(fakes, ["runs", "resume", str(run.dir)])
@@ -174,7 +178,7 @@ def test_what_a_resume_with_other_settings_recommends_works(fakes, make, kind):
 
 def test_a_shorter_run_is_sent_to_an_earlier_checkpoint(fakes, make):
     run = make("done with checkpoints")
-    records.update_status(run.dir, state="stopped", trained=False)
+    status.update_status(run.dir, state="stopped", trained=False)
     longer = ("trial_name=one", "recover.mode=auto", "recover.keep=all")
     with pytest.raises(UserError, match="would have to end at step 1; raise") as caught:
         launch.start(fakes.config(*longer, "total_train_steps=1"))
@@ -230,7 +234,7 @@ def test_a_resume_on_fewer_devices_names_a_command_that_works(fakes, make):
 def test_a_fork_whose_parent_lost_its_checkpoint_is_not_told_to_fork_again(fakes, make):
     child = make("a fork without a checkpoint")
     parent = runs.open(child.dir.with_name("one"))
-    commit.discard(parent.dir / "checkpoints" / "step-2")
+    folders.discard(parent.dir / "checkpoints" / "step-2")
     told = child.epitaph()
     assert "its parent " in told
     assert commands(told) == []

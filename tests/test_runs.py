@@ -13,25 +13,29 @@ import time
 import pytest
 
 from dpo_kit import config as config_module
-from dpo_kit import history, launch, listing, locks, records, runs, supervisor
+from dpo_kit import launch, runs
 from dpo_kit.errors import RunError, UserError
+from dpo_kit.records import lock, metrics, run_folder
+from dpo_kit.records.status import stop_requested, update_status
+from dpo_kit.supervise import start as supervise_start
+from dpo_kit.tools import listing
 from tests.fakes import LONG
-from tests.test_supervisor import until
+from tests.supervise.test_supervisor import until
 
 
 @pytest.fixture
 def long_run(fakes):
     fakes.play(LONG)
     run = launch.start(fakes.config("trial_name=one"))
-    until(lambda: len(history.read_metrics(run.dir)) >= 2)
+    until(lambda: len(metrics.read_metrics(run.dir)) >= 2)
     return run
 
 
 def finished(fakes, name, state="done", **status):
     """A run folder that needs no process."""
     text = config_module.to_yaml(fakes.config())
-    folder = records.create(fakes.fileroot, "exp", name, config_text=text, manifest={})
-    records.update_status(folder, state=state, **status)
+    folder = run_folder.create(fakes.fileroot, "exp", name, config_text=text, manifest={})
+    update_status(folder, state=state, **status)
     return runs.Run(folder)
 
 
@@ -86,7 +90,7 @@ def test_resume_starts_an_ended_run_again(fakes, long_run, capsys):
     out = capsys.readouterr().out
     anew = r"has no checkpoint and starts anew \(\d of 600 steps\): what it had made is kept in earlier/attempt-1"
     assert re.search(anew, out)
-    assert len(history.read_metrics(long_run.dir)) == 2
+    assert len(metrics.read_metrics(long_run.dir)) == 2
     runs.open(long_run.dir).resume()
     assert "exp/one is done; nothing to resume" in capsys.readouterr().out
 
@@ -100,9 +104,9 @@ def test_resume_leaves_a_live_run_alone(long_run, capsys):
 
 def test_two_processes_cannot_begin_anew_at_once(fakes):
     run = finished(fakes, "one", "failed")
-    runs.begin_anew(run)
+    supervise_start.begin_anew(run.dir)
     with pytest.raises(UserError, match="is being started by another process"):
-        runs.begin_anew(run)
+        supervise_start.begin_anew(run.dir)
 
 
 def test_a_supervisor_that_cannot_start_is_told(fakes, monkeypatch):
@@ -112,7 +116,7 @@ def test_a_supervisor_that_cannot_start_is_told(fakes, monkeypatch):
         with open(run_dir / "logs" / "supervisor.log", "wb") as log:
             return subprocess.Popen(command, stderr=log)
 
-    monkeypatch.setattr(supervisor, "spawn_detached", start)
+    monkeypatch.setattr(supervise_start, "spawn_detached", start)
     run = launch.start(fakes.config())
     with pytest.raises(
         RunError, match=r"its supervisor ended with status 1: no such library \(logs/supervisor.log"
@@ -121,7 +125,7 @@ def test_a_supervisor_that_cannot_start_is_told(fakes, monkeypatch):
 
 
 def test_a_killed_supervisor_is_a_failed_run(long_run):
-    process = runs._supervisors[long_run.status["supervisor"]["pid"]]
+    process = supervise_start._supervisors[long_run.status["supervisor"]["pid"]]
     process.kill()
     process.wait()
     with pytest.raises(RunError, match=r"failed at step .*: its supervisor \(pid \d+\) ended without a word"):
@@ -144,7 +148,7 @@ def test_a_folder_may_be_renamed_and_copied(long_run, fakes):
 
 def test_runs_are_found_by_path_name_and_trial(fakes):
     one, two = finished(fakes, "one"), finished(fakes, "two")
-    folder = records.create(fakes.fileroot, "other", "two", config_text="", manifest={})
+    folder = run_folder.create(fakes.fileroot, "other", "two", config_text="", manifest={})
     assert runs.find("one", fakes.fileroot).dir == one.dir
     assert runs.find("exp/two", fakes.fileroot).dir == two.dir
     assert runs.find(str(two.dir), fakes.root / "elsewhere").dir == two.dir
@@ -221,13 +225,13 @@ def test_an_interrupted_wait_ends_a_run_of_this_process(long_run, capsys):
 def test_an_interrupted_wait_of_somebody_elses_run_does_not_stop_it(fakes, capsys):
     """Opened by another process, a headless run belongs to the one that started it."""
     run = finished(fakes, "one", "running", owner={"kind": "headless", "pid": 999999999})
-    with locks.lock(run.dir):
-        records.update_status(run.dir, supervisor=locks.lock_owner(run.dir))
+    with lock.lock(run.dir):
+        update_status(run.dir, supervisor=lock.lock_owner(run.dir))
         interrupt_soon()
         with pytest.raises(KeyboardInterrupt):
             run.wait()
-        assert records.stop_requested(run.dir) is None
-        records.update_status(run.dir, state="done")
+        assert stop_requested(run.dir) is None
+        update_status(run.dir, state="done")
     assert "exp/one goes on" in capsys.readouterr().out
 
 

@@ -7,8 +7,10 @@ import time
 
 import pytest
 
-from dpo_kit import config, history, records, sweep
+from dpo_kit import config, sweep
 from dpo_kit.errors import ConfigError, RunError, UserError
+from dpo_kit.records import metrics, run_folder
+from dpo_kit.records.status import read_status, stop_requested, update_status
 
 TREE = {"actor": {"path": "tiny-random"}, "ref": {"logps": "cached"}, "train_dataset": {"path": "sample"}}
 
@@ -26,21 +28,21 @@ class FakeRun:
     def __init__(self, settings):
         self.config, self.name = settings, settings.trial_name
         root = config.resolve_path(settings.cluster.fileroot, config.project_root())
-        self.dir = records.create(root, "dpo", self.name, config_text="", manifest={})
-        records.update_status(self.dir, state="running")
+        self.dir = run_folder.create(root, "dpo", self.name, config_text="", manifest={})
+        update_status(self.dir, state="running")
         beta = settings.actor.beta
-        history.append_metrics(self.dir, {"step": 1, "dpo/loss": 0.7 - beta, "dpo/chosen_reward": beta})
+        metrics.append_metrics(self.dir, {"step": 1, "dpo/loss": 0.7 - beta, "dpo/chosen_reward": beta})
         for step, accuracy in ((0, None), (1, 0.9), (2, 0.8)):
             line = {"step": step, "dpo-eval/loss": 0.6, "dpo-eval/reward_accuracy": accuracy}
-            history.append_metrics(self.dir, line)
+            metrics.append_metrics(self.dir, line)
         if not FakeRun.hold:
-            records.update_status(self.dir, state="failed" if beta == 0.666 else "done")
+            update_status(self.dir, state="failed" if beta == 0.666 else "done")
 
     @property
     def status(self):
-        if records.stop_requested(self.dir):
-            records.update_status(self.dir, state="stopped")
-        return records.read_status(self.dir)
+        if stop_requested(self.dir):
+            update_status(self.dir, state="stopped")
+        return read_status(self.dir)
 
     @property
     def state(self):
@@ -62,7 +64,7 @@ def started(monkeypatch):
     monkeypatch.setattr(sweep.launch, "start", start)
     monkeypatch.setattr(FakeRun, "hold", False)
     monkeypatch.setattr(sweep, "_POLL_S", 0.01)
-    monkeypatch.setattr(sweep.records, "is_live", lambda status: status["state"] == "running")
+    monkeypatch.setattr(sweep.status, "is_live", lambda status: status["state"] == "running")
     return runs
 
 
@@ -167,7 +169,7 @@ def test_an_interrupt_stops_the_run_and_waits_for_its_end(base, started, monkeyp
     with pytest.raises(KeyboardInterrupt):
         sweep.Sweep(sweep.expand(base, sweep.axes(betas=[0.05, 0.1]))).run()
     (run,) = started
-    assert records.read_status(run.dir)["state"] == "stopped"
+    assert read_status(run.dir)["state"] == "stopped"
 
 
 def test_an_asked_stop_is_no_failure(base, started, monkeypatch):

@@ -7,8 +7,7 @@ mistake is a `ConfigError` that lists all problems at once.
 Deliberately not here: torch, devices, tokenizers, data. The same configuration loads on any machine.
 """
 
-from dpo_kit.config.backend import Backend, parse_backend
-from dpo_kit.config.checks import check, name_problem
+from dpo_kit.config.checks import Backend, check, name_problem, parse_backend
 from dpo_kit.config.load import from_tree, load, to_tree, to_yaml
 from dpo_kit.config.parameters import from_notebook, parameter_names
 from dpo_kit.config.paths import BUILTIN_NAMES, find_path, project_root, resolve_path

@@ -1,6 +1,6 @@
 """What somebody may have meant: the nearest key, the choice that another trainer calls otherwise.
 
-Deliberately not here: what is wrong (`values`, `tree`, `overrides`), and the names themselves (`elsewhere`).
+Deliberately not here: what is wrong (`values`, `tree`, `load`), and the names themselves (`elsewhere`).
 """
 
 from __future__ import annotations

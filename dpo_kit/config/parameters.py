@@ -17,8 +17,7 @@ from typing import Any
 
 from dpo_kit.config import schema
 from dpo_kit.config.hints import known_key, nearest
-from dpo_kit.config.load import configure, read_params, warn_ignored
-from dpo_kit.config.overrides import parse_override, set_dotted
+from dpo_kit.config.load import configure, parse_override, read_params, set_dotted, warn_ignored
 from dpo_kit.config.paths import project_root
 from dpo_kit.config.scalars import is_empty, parse_scalar
 from dpo_kit.config.schema import Config

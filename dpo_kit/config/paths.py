@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dpo_kit.config.schema import Config
 from dpo_kit.errors import ConfigError
 
 # Names that come with the kit; a folder of the same name is reached as ./tiny-random.
@@ -63,3 +64,14 @@ def find_path(name: str, text: str | Path, root: str | Path) -> Path | None:
             ]
         )
     return Path(*found[0].parts) if ".." not in found[0].parts else found[0].resolve()
+
+
+def named_models(config: Config) -> dict[str, str]:
+    """The fields that name models; a path that several fields share stands under the first one only."""
+    fields = {
+        "actor.path": config.actor.path,
+        "ref.path": config.ref.path,
+        "tokenizer_path": config.tokenizer_path,
+    }
+    first = {path: field for field, path in reversed(fields.items())}
+    return {field: path for field, path in fields.items() if first[path] == field}

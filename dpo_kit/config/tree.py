@@ -1,6 +1,6 @@
 """A tree of keys against the schema: plain values, defaults, then one walk that checks every key.
 
-Deliberately not here: files and overrides (`load`, `overrides`), and fields that contradict each other
+Deliberately not here: files and overrides (`load`), and fields that contradict each other
 (`checks`).
 """
 
@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 from dpo_kit.config import schema
-from dpo_kit.config.hints import unknown_key
-from dpo_kit.config.interpolation import Resolved, resolve
+from dpo_kit.config.hints import nearest, unknown_key
 from dpo_kit.config.scalars import is_empty, is_null, parse_scalar
 from dpo_kit.config.schema import Config
 from dpo_kit.config.values import BadValue, coerce, native, show
@@ -215,3 +217,95 @@ def _not_finite(value: Any) -> bool:
     if isinstance(value, dict | list):
         return any(map(_not_finite, value.values() if isinstance(value, dict) else value))
     return isinstance(value, float) and not math.isfinite(value)
+
+
+@dataclass
+class Resolved:
+    """A tree without references.
+
+    `interpolated` maps the dotted names that were references to their text, `problems` those that failed to
+    their error line, which is empty where the missing thing itself is the problem.
+    """
+
+    tree: dict[str, Any]
+    interpolated: dict[str, str] = field(default_factory=dict)
+    problems: dict[str, str] = field(default_factory=dict)
+
+
+def resolve(tree: dict[str, Any]) -> Resolved:
+    """Replace every reference of a plain tree; one that fails leaves its key out."""
+    found = Resolved({})
+    readable = _without_bad_grammar(tree, "", found)
+    found.tree = _section(OmegaConf.create(readable), readable, "", found)
+    for name in [name for name in found.problems if _repeats(name, found)]:
+        found.problems[name] = ""
+    return found
+
+
+def _repeats(name: str, found: Resolved) -> bool:
+    """Whether a reference fails only because what it points at failed, which is said there."""
+    seen, at = set(), name
+    while at not in seen:
+        seen.add(at)
+        at = found.interpolated.get(at, "")[2:-1]
+    return found.interpolated.get(name, "")[2:-1] in found.problems and at != name
+
+
+def _is_reference(value: Any) -> bool:
+    return isinstance(value, str) and "${" in value
+
+
+def _without_bad_grammar(value: Any, name: str, found: Resolved) -> Any:
+    """The tree with unreadable references set to null: one of them would keep OmegaConf from reading any."""
+    if isinstance(value, dict):
+        return {k: _without_bad_grammar(v, f"{name}.{k}" if name else k, found) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_without_bad_grammar(v, f"{name}[{i}]", found) for i, v in enumerate(value)]
+    if _is_reference(value):
+        try:
+            OmegaConf.create({"value": value})
+        except OmegaConfBaseException as error:
+            found.problems[name] = f"{name} = {show(value)} cannot be read: {_first_line(error)}"
+            return None
+    return value
+
+
+def _section(node: Any, plain: dict[str, Any], prefix: str, found: Resolved) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in plain.items():
+        name = prefix + key
+        if name in found.problems:
+            continue
+        if isinstance(value, dict):
+            out[key] = _section(node[key], value, name + ".", found)
+        elif isinstance(value, list) or _is_reference(value):
+            try:
+                out[key] = _value(node, key)
+            except InterpolationToMissingValueError:
+                found.problems[name] = ""
+            except (OmegaConfBaseException, RecursionError) as error:
+                found.problems[name] = f"{name} = {show(value)} leads nowhere: {_first_line(error)}"
+            if isinstance(value, str):
+                found.interpolated[name] = value
+        else:
+            out[key] = value
+    return out
+
+
+def _value(node: Any, key: str) -> Any:
+    value = node[key]
+    if OmegaConf.is_config(value):
+        return OmegaConf.to_container(value, resolve=True)
+    return MISSING if value is None and OmegaConf.is_missing(node, key) else value
+
+
+def _first_line(error: BaseException) -> str:
+    """What OmegaConf says, without its trailing lines, and the nearest key where one is not found."""
+    if isinstance(error, RecursionError):
+        return "it refers to itself"
+    text = str(error).strip().splitlines()[0]
+    missing = re.search(r"Interpolation key '([^']*)' not found", text)
+    if missing:
+        near = nearest(missing[1], schema.field_names())
+        return f"there is no {missing[1]}" + (f"; did you mean ${{{near}}}?" if near else "")
+    return re.sub(r"^\w+ raised while resolving interpolation: ", "", text).strip('"')

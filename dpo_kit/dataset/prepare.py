@@ -1,0 +1,278 @@
+"""What comes before the ranks: `python -m dpo_kit.dataset.prepare RUN_DIR`, started by the supervisor.
+
+Makes the built-in models that the run names, checks that they are whole, fit their tokenizer and each other, and hold
+numbers; builds the pair stores, compares all of it with the checkpoint that the run would go on from, and leaves the
+stores' folders in `data.json` and their fingerprints in `manifest.json`. A process of its own, so that it can be ended
+at any moment: what it writes is whole or not there.
+
+Exit status: 0 done, 2 a user's mistake, 1 anything else; the cause stands in `logs/prepare.error.json`.
+
+Deliberately not here: how pairs are built (`builder`), what is wrong with a folder (model), what may go on from
+a checkpoint (records/resuming).
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from dpo_kit import config as config_module
+from dpo_kit.config import Config, paths
+from dpo_kit.dataset import inspection, tokens
+from dpo_kit.errors import ConfigError, UserError
+from dpo_kit.model import builtin, model_folder
+from dpo_kit.preferences import PairStore
+from dpo_kit.records import findings, resuming, status
+from dpo_kit.records.findings import Finding
+from dpo_kit.system.files import atomic_write, read_json, to_json
+
+_WORTH_TELLING_S = 2.0
+
+
+def prepare(run_dir: Path) -> None:
+    """Does all of it; see the module."""
+    config = config_module.load(run_dir / "config.yaml")
+    ready = all(builtin.cached(path) for path in _models(config) if path in builtin.NAMES)
+    status.write_progress(run_dir, phase="convert model", expected_s=1.0 if ready else None)
+    make_models(config)
+    status.write_progress(run_dir, phase="build pairs")
+    stores = build_pairs(config, _counter(run_dir))
+    report(stores)
+    check_lengths(config, stores)
+    check_values(config, _percent(run_dir))  # after the data, so that bad data leave nothing behind
+    at = resuming.point(run_dir)
+    if at and (problem := resuming.refusal(run_dir, at, config, fingerprints(config, stores))):
+        raise UserError(problem)
+    before = [found for found in findings.read(run_dir) if at and found.name in findings.OF_RANKS]
+    findings.write(run_dir, [*_inspect(config, stores), *before])
+    data = {split: None if store is None else str(store.path) for split, store in stores.items()}
+    atomic_write(run_dir / "data.json", to_json(data, indent=1))
+    manifest = read_json(run_dir / "manifest.json", {})
+    manifest["data"] = {
+        split: {
+            "store": str(store.path),
+            "fingerprint": store.fingerprint,
+            "num_pairs": len(store),
+            "layout": store.meta["layout"],
+        }
+        for split, store in stores.items()
+        if store is not None
+    }
+    atomic_write(run_dir / "manifest.json", to_json(manifest, indent=2))
+
+
+def _models(config: Config) -> list[str]:
+    return list(dict.fromkeys([config.actor.path, config.ref.path, config.tokenizer_path]))
+
+
+def make_models(config: Config) -> None:
+    """Makes the built-in models that a configuration names; checks that all are whole and fit their tokenizer.
+
+    Raises:
+        UserError: they do not, or cannot be made.
+    """
+    for path in _models(config):
+        builtin.ensure(path, _say)
+    check_models(config)
+    check_tokenizers(config)
+
+
+def build_pairs(config: Config, progress: Callable[[int, int | None], None] | None = None) -> dict[str, Any]:
+    """The pair stores by split: `train`, and `valid` (None without a valid_dataset)."""
+    from dpo_kit.dataset import builder
+
+    stores: dict[str, Any] = {"train": builder.build(config, "train", progress), "valid": None}
+    if config.valid_dataset is not None:
+        stores["valid"] = builder.build(config, "valid", progress)
+    return stores
+
+
+def report(stores: dict[str, Any]) -> None:
+    """Prints what became of the rows of each split."""
+    from dpo_kit.dataset.report import format_report
+
+    print(format_report(stores["train"]), flush=True)
+    if stores["valid"] is not None:
+        print(format_report(stores["valid"], stores["train"]), flush=True)
+
+
+def content(config: Config) -> dict[str, Any]:
+    """Fingerprints of what a configuration names, as `differences.refused` takes them; all that is needed is made.
+
+    Raises:
+        UserError: models or data cannot be used.
+    """
+    make_models(config)
+    return fingerprints(config, build_pairs(config))
+
+
+def fingerprints(config: Config, stores: dict[str, Any]) -> dict[str, Any]:
+    """`content` of pair stores that are built."""
+    known = model_folder.known_hashes(config.cluster.fileroot)
+    return {
+        **{split: None if store is None else store.fingerprint for split, store in stores.items()},
+        "weights": {
+            name: model_folder.fingerprint(builtin.ensure(path), known)
+            for name, path in (("actor", config.actor.path), ("ref", config.ref.path))
+        },
+    }
+
+
+def _inspect(config: Config, stores: dict[str, Any]) -> Iterator[Finding]:
+    """The checks that every run makes; for a reader of its figures."""
+    made = model_folder.read_config(model_folder.snapshot(builtin.ensure(config.actor.path)))
+    yield from inspection.settings(config, made)
+    yield from inspection.pairs(stores["train"], stores["valid"])
+    own = builtin.load_tokenizer(config.actor.path) if config.tokenizer_path != config.actor.path else None
+    tokenizer = builtin.load_tokenizer(stores["train"].tokenizer_path)
+    yield from inspection.texts(stores["train"], tokenizer, own or tokenizer)
+
+
+def check_models(config: Config) -> None:
+    """Refuses policy and reference where transformers would not load them cleanly; their values are not read.
+
+    Raises:
+        ConfigError: with every problem.
+    """
+    from dpo_kit.model import pair_model
+
+    problems = []
+    for field, path in _weights(config).items():
+        try:
+            pair_model.check(model_folder.snapshot(builtin.ensure(path)))
+        except UserError as error:
+            problems.append(f"{field}: {error}")
+    if problems:
+        raise ConfigError(problems)
+
+
+def check_tokenizers(config: Config) -> None:
+    """The reference scores the policy's tokens, so both models must read the same ids and have a row for each.
+
+    Raises:
+        ConfigError: their vocabularies differ, or are larger than an embedding.
+    """
+    from dpo_kit.model import pair_model
+
+    own = tokens.load_tokenizer(config.tokenizer_path)[1].get_vocab()
+    if config.ref.path != config.tokenizer_path:
+        other = tokens.load_tokenizer(config.ref.path)[1].get_vocab()
+        if own != other:
+            raise ConfigError([tokens.vocabulary_problem(config, own, other)])
+    last = max(own, key=lambda token: own[token])
+    problems = []
+    for field, path in _weights(config).items():
+        rows = getattr(
+            pair_model.text_config(model_folder.snapshot(builtin.ensure(path))), "vocab_size", None
+        )
+        if rows is not None and own[last] >= rows:
+            problems.append(
+                f"tokenizer_path = {config.tokenizer_path!r} has token ids up to {own[last]} ({last!r}), and the"
+                f" embedding of {field} = {path!r} has {rows} rows; use the tokenizer that the model was trained with,"
+                f" or a model that was enlarged (resize_token_embeddings({own[last] + 1}))"
+            )
+    if problems:
+        raise ConfigError(problems)
+
+
+def check_values(config: Config, progress: model_folder.Progress = lambda done, total: None) -> None:
+    """Refuses weights that are not finite numbers; the fingerprints that come of it are kept for the ranks.
+
+    Raises:
+        ConfigError: file and tensor are named.
+    """
+    for field, path in _weights(config).items():
+        try:
+            model_folder.fingerprint(
+                builtin.ensure(path), model_folder.known_hashes(config.cluster.fileroot), progress
+            )
+        except UserError as error:
+            raise ConfigError([f"{field}: {error}"]) from None
+
+
+def check_lengths(config: Config, stores: dict[str, PairStore | None]) -> None:
+    """Refuses texts that are longer than a model has positions: it was never trained there.
+
+    Args:
+        stores: by split, `train` and `valid`.
+
+    Raises:
+        ConfigError: with the longest text's tokens, the positions, and what to set.
+    """
+    from dpo_kit.model import pair_model
+
+    problems = []
+    for field, path in _weights(config).items():
+        most = pair_model.positions(pair_model.text_config(model_folder.snapshot(builtin.ensure(path))))
+        for split, store in stores.items():
+            longest = 0 if store is None else int(store.all_lengths()[:, 1:].max())
+            if most is not None and longest > most:
+                problems.append(
+                    f"{split}_dataset: the longest text has {longest} tokens, and {field} = {path!r} has {most}"
+                    f" positions; use {_limit(config, split)}.max_length={most}, which leaves longer texts out"
+                )
+    if problems:
+        raise ConfigError(problems)
+
+
+def _limit(config: Config, split: str) -> str:
+    """The section whose `max_length` a split obeys."""
+    taken = config.valid_dataset is not None and config.valid_dataset.from_train is not None
+    return "train_dataset" if split == "train" or taken else f"{split}_dataset"
+
+
+def _weights(config: Config) -> dict[str, str]:
+    """The fields that name weights, each path once."""
+    return {name: path for name, path in paths.named_models(config).items() if name != "tokenizer_path"}
+
+
+def _counter(run_dir: Path) -> Callable[[int, int | None], None]:
+    def count(done: int, total: int | None = None) -> None:
+        status.write_progress(run_dir, phase="build pairs", done=done, total=total)
+
+    return count
+
+
+def _percent(run_dir: Path) -> model_folder.Progress:
+    started_at, told = time.monotonic(), 0
+
+    def count(done: int, total: int) -> None:
+        nonlocal told
+        if 100 * done // total > told and time.monotonic() - started_at > _WORTH_TELLING_S:
+            told = 100 * done // total
+            status.write_progress(run_dir, phase="load model", done=told, total=100)
+
+    return count
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def main(run_dir: Path) -> int:
+    """Prepares a run; its exit status."""
+    try:
+        prepare(run_dir)
+    except Exception as error:
+        status.write_rank_error(run_dir, "prepare", error)
+        if isinstance(error, UserError):
+            print(error, flush=True)
+            return 2
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    # os._exit: the supervisor waits for this process, and taking torch down takes most of a second.
+    code = main(Path(sys.argv[1]))
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,312 @@
+"""What a run needs to go on as if nothing had happened: written by all ranks together, verified, loaded again.
+
+A checkpoint is only taken for a run of the same data, weights and settings: anything else is refused with what differs.
+
+    checkpoints/step-8/
+        __0_0.distcp ... .metadata   master weights and optimizer states (torch.distributed.checkpoint)
+        rank-0.safetensors ...       each rank's random number generators
+        state.json                   the step, what follows from it, and the identity of data, weights, reference
+        COMMIT.json                  size and sha256 of all of these (system/folders)
+
+The step alone gives the scheduler and the sampler (`schedule`) and the length of `metrics.jsonl`. A checkpoint may be
+loaded by another number of ranks: each takes its rows of every tensor; the generators then start anew, which only
+dropout and bfloat16 optimizer states can notice. `.metadata` is a pickle: it is read from the run's own folder
+only, and only after its hash was found in `COMMIT.json`.
+
+Not here: when a checkpoint is due (`recorder`), how the folders are named (records/checkpoints).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
+
+from dpo_kit import config as config_module
+from dpo_kit.config import steps
+from dpo_kit.engine.recorder import Recorder
+from dpo_kit.engine.state import Engine
+from dpo_kit.errors import UserError
+from dpo_kit.model.parallel import World, masters, publish
+from dpo_kit.records import checkpoints as records_checkpoints
+from dpo_kit.records import manifest, metrics, resuming
+from dpo_kit.system import folders, machine
+from dpo_kit.system.files import atomic_write, read_json, to_json
+
+
+def save(
+    folder: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, world: World, facts: dict[str, Any]
+) -> None:
+    """Writes a checkpoint; a collective. Afterwards it is whole, or there is none and every rank raises.
+
+    Args:
+        folder: `checkpoints/step-N`.
+        facts: JSON values that `load` gives back; `num_ranks` is added.
+
+    Raises:
+        UserError: it cannot be written; the message names the folder and what is free there.
+    """
+    names, found = [""], dict[str, dict[str, Any]]()
+
+    def begin() -> None:
+        if world.is_main:
+            names[0] = str(folders.stage(folder))
+
+    def write() -> None:
+        dcp.save(
+            _tensors(policy, optimizer), storage_writer=FileSystemWriter(names[0], single_file_per_rank=True)
+        )
+
+    def write_rank() -> None:
+        from safetensors.torch import save_file
+
+        path = Path(names[0]) / f"rank-{world.rank}.safetensors"
+        save_file(_generators(world.device), path)
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+        if world.is_main:
+            atomic_write(
+                Path(names[0]) / records_checkpoints.STATE,
+                to_json({**facts, "num_ranks": world.size}, indent=1),
+            )
+
+    def read() -> None:  # for the hashes, shared: every rank its part of the files
+        staged = Path(names[0])
+        found.update(folders.hashes(staged, folders.file_names(staged)[world.rank :: world.size]))
+
+    def seal() -> None:
+        if world.is_main:
+            folders.seal(Path(names[0]), folder, found)
+
+    try:
+        _together(world, begin)
+        if world.size > 1:
+            dist.broadcast_object_list(names, 0)
+        for act in (write, write_rank, read):
+            _together(world, act)
+        for part in gathered(world, found):
+            found.update(part)
+        _together(world, seal)
+    except _Failed as failed:
+        if world.is_main:
+            folders.remove_leftovers(folder.parent)
+        raise UserError(_why_not_saved(folder, str(failed), policy, optimizer)) from None
+
+
+def load(folder: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> dict[str, Any]:
+    """Puts a verified checkpoint into a model and its new optimizer; a collective.
+
+    Args:
+        folder: `checkpoints/step-N`, which `newest` has verified.
+
+    Returns:
+        The `facts` of `save`, with `num_ranks`.
+    """
+    facts = read_json(folder / records_checkpoints.STATE)
+    reader = FileSystemReader(str(folder))
+    known = reader.read_metadata().state_dict_metadata
+    dcp.load(_tensors(policy, optimizer, make=known), storage_reader=reader)
+    publish(policy)
+    if facts["num_ranks"] == world.size:
+        _set_generators(folder / f"rank-{world.rank}.safetensors", world.device)
+    return facts
+
+
+def newest(checkpoints: Path, world: World) -> tuple[int | None, list[str]]:
+    """The latest whole checkpoint's step, and a line on each damaged one that was passed over; a collective.
+
+    The same on every rank; each reads its part of the files.
+    """
+
+    def damage(folder: Path) -> str:
+        problems = gathered(world, folders.damage(folder, world.rank, world.size))
+        return next((problem for problem in problems if problem), "")
+
+    return records_checkpoints.newest(checkpoints, damage)
+
+
+def needed_bytes(policy: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of a checkpoint of all ranks."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(policy, optimizer).values())
+
+
+# --- tensors ----------------------------------------------------------------------------------------------------
+
+
+def _tensors(
+    policy: nn.Module, optimizer: torch.optim.Optimizer, make: dict[str, Any] | None = None
+) -> dict[str, Tensor]:
+    """Master weights and optimizer states by name; they share their memory with what they are the state of.
+
+    Args:
+        make: names of a checkpoint: the states in it are made where the optimizer has none yet.
+    """
+    found: dict[str, Tensor] = {}
+    for name, param in masters(policy).items():
+        found[f"model.{name}"] = param.detach()
+        if make is not None and f"optimizer.{name}.step" in make:
+            _make_state(optimizer, param, make[f"optimizer.{name}.exp_avg"].properties.dtype)
+        for key, value in optimizer.state.get(param, {}).items():
+            found[f"optimizer.{name}.{key}"] = value
+    return found
+
+
+def _make_state(optimizer: torch.optim.Optimizer, param: nn.Parameter, dtype: torch.dtype) -> None:
+    """AdamW's states of a weight, as its first step would make them."""
+    state = optimizer.state[param]
+    state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+    for key in ("exp_avg", "exp_avg_sq"):
+        state[key] = torch.zeros_like(param.detach(), dtype=dtype)
+
+
+def _generators(device: torch.device) -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def _set_generators(file: Path, device: torch.device) -> None:
+    from safetensors.torch import load_file
+
+    states = load_file(file)
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+# --- ranks that fail together --------------------------------------------------------------------------------------
+
+
+class _Failed(Exception):
+    """A rank could not write; every rank raises it, with the words of the first that failed."""
+
+
+def _together(world: World, act: Callable[[], None]) -> None:
+    """Runs `act` on every rank; raises on all of them when one of them could not."""
+    problem = ""
+    try:
+        act()
+    except CheckpointException as error:  # raised on every rank, with what each of them said
+        problem = next((str(cause) for cause, _ in error.failures.values()), str(error))
+    except Exception as error:  # whatever it is (safetensors has errors of its own): the others must not wait
+        problem = str(error) or type(error).__name__
+    problems = gathered(world, problem)
+    if any(problems):
+        rank = next(rank for rank, text in enumerate(problems) if text)
+        raise _Failed(f"rank {rank}: {' '.join(problems[rank].split())[:200]}")
+
+
+def gathered(world: World, value: Any) -> list[Any]:
+    """A JSON-like value of every rank, by rank; a collective."""
+    found = [value] * world.size
+    if world.size > 1:
+        dist.all_gather_object(found, value)
+    return found
+
+
+def _why_not_saved(folder: Path, cause: str, policy: nn.Module, optimizer: torch.optim.Optimizer) -> str:
+    needed, free = needed_bytes(policy, optimizer), machine.free_disk(folder.parent)
+    left = records_checkpoints.steps(folder.parent)
+    before = f"step-{left[-1]} stands" if left else "there is no earlier one"
+    sizes = f"{machine.size_text(needed)} is needed, {machine.size_text(free)} are free in {folder.parent}"
+    prune = f"dpo-kit runs prune --fileroot {shlex.quote(str(folder.parents[3]))}"
+    advice = f"Free space ({prune}) or use recover.keep=1" if free < needed else "Mend that"
+    return f"checkpoint {folder} was not written ({cause}); {sizes}; {before}. {advice}, then resume the run"
+
+
+class Keeper:
+    """One instance a rank; every method is a collective.
+
+    Args:
+        run_dir: the run folder.
+        state: the engine, its models loaded.
+        optimizer: of the policy, new.
+        recorder: of the run; says what is wrong with checkpoints.
+    """
+
+    def __init__(self, run_dir: Path, state: Engine, optimizer: torch.optim.Optimizer, recorder: Recorder):
+        self.run_dir, self.recorder = run_dir, recorder
+        self.folder, self.state, self.optimizer = run_dir / "checkpoints", state, optimizer
+        self.best = math.inf  # least held-out loss, of `exports/best`
+        self.saved = 0  # step of the newest checkpoint that this run wrote or came from
+
+    def resume(self) -> dict[str, Any]:
+        """Loads the newest whole checkpoint; `step` (0 without any) and `owes_evaluation`.
+
+        Raises:
+            UserError: it is of other data, weights or settings, or past the last step; or no one is whole.
+        """
+        state = self.state
+        if records_checkpoints.steps(self.folder):
+            self.recorder.progress("checkpoint")
+        step, damaged = newest(self.folder, state.world)
+        if step is None:
+            # To begin at the first step is right for a run that had no checkpoint, and for no other.
+            if lost := resuming.lost(self.run_dir, damaged):
+                raise UserError(lost)
+            return {"step": 0, "owes_evaluation": False}
+        if damaged:
+            self.recorder.tell(f"{'; '.join(damaged)}; falling back to step-{step}")
+        folder = self.folder / f"step-{step}"
+        self._check(resuming.at_step(self.run_dir, step))
+        facts = load(folder, state.policy, self.optimizer, state.world)
+        self.saved = step
+        # A fork has no `exports/best` yet, and its losses may be of another kind.
+        is_fork = manifest.parent(self.run_dir).get("step") == step
+        self.best = math.inf if facts["best"] is None or is_fork else facts["best"]
+        if state.world.is_main:
+            ranks = facts["num_ranks"]
+            other = f", written by {ranks} rank{'s' * (ranks > 1)}" if ranks != state.world.size else ""
+            print(f"resumed from checkpoint step-{step}{other}", flush=True)
+        return facts
+
+    def save(self, step: int, owes_evaluation: bool = False) -> None:
+        """Writes the checkpoint of a step, and removes those that `recover.keep` leaves no room for."""
+        if step == self.saved:
+            return
+        state = self.state
+        self.recorder.progress("checkpoint")
+        if state.world.is_main:
+            metrics.sync_metrics(self.run_dir)
+        facts = {
+            "step": step,
+            "owes_evaluation": owes_evaluation,
+            "best": None if math.isinf(self.best) else self.best,
+            "identity": self._identity(),
+        }
+        save(self.folder / f"step-{step}", state.policy, self.optimizer, state.world, facts)
+        self.saved = step
+        keep = state.config.recover.keep
+        if keep != "all" and state.world.is_main:
+            records_checkpoints.retain(self.folder, int(keep), step)
+
+    def _identity(self) -> dict[str, Any]:
+        state = self.state
+        found = {
+            "train": state.train.fingerprint,
+            "valid": state.valid.fingerprint if state.valid is not None else None,
+            "config": config_module.to_tree(state.config),
+        }
+        if state.world.is_main:  # who alone has hashed the weights
+            weights = read_json(self.run_dir / "manifest.json", {}).get("weights", {})
+            found["weights"] = {name: made["fingerprint"] for name, made in weights.items()}
+        return found
+
+    def _check(self, at: resuming.Point) -> None:
+        config, content = self.state.config, self._identity()
+        total = steps.num_steps(config, len(self.state.train))
+        problem = resuming.refusal(self.run_dir, at, config, content, total=total)
+        problems = gathered(self.state.world, problem)
+        if any(problems):
+            raise UserError(next(text for text in problems if text))

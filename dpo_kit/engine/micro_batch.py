@@ -1,0 +1,364 @@
+"""Tokens of a micro-batch, settled before the first step; every rank gets the same numbers.
+
+    a number in the config   taken as it is
+    auto on the CPU          what `costs.tokens_that_fit` says, at most 4,096: a CPU is at its fastest there
+    auto on CUDA             the same, at most 65,536; then the largest planned micro-batch of the run goes
+                             forward and backward, halved until it fits
+    after a halving          the halved number of `budget.json` takes the estimate's place
+
+Deliberately not here: `budget.json` and its halvings (records/budget), bytes (model/costs).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import gc
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from dpo_kit.config import Config
+from dpo_kit.engine import schedule, step
+from dpo_kit.engine.state import Engine, load_policy
+from dpo_kit.errors import UserError
+from dpo_kit.model import packing
+from dpo_kit.model.costs import DTYPE_BYTES, Shape, tokens_that_fit
+from dpo_kit.model.packing import plan_step
+from dpo_kit.model.parallel import World, masters
+from dpo_kit.preferences import PairStore
+from dpo_kit.records import budget, manifest, resuming
+from dpo_kit.system import machine
+
+CPU_TOKENS = 4096
+CUDA_TOKENS = 65536
+# A micro-batch that is as full as this ends the search for the largest one.
+_FULL = 0.99
+# What the allocators of the CPU and of libraries beside torch's own say.
+_WORDS = (
+    "DefaultCPUAllocator",
+    "can't allocate memory",
+    "not enough memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+# Where micro-batches run, and whose budget they run under.
+_SECTIONS = {"reference pass": "ref", "evaluation": "actor", "first step": "actor", "training": "actor"}
+
+
+class OutOfMemory(Exception):
+    """A rank ran out of memory.
+
+    Args:
+        phase: one of `status.PHASES`.
+        cause: what was raised.
+        step: the step at hand; None before the first.
+        section: whose budget to halve; None finds out, and stays None where micro-batches are not to blame.
+        tokens: its number, where it is settled.
+    """
+
+    def __init__(
+        self,
+        phase: str,
+        cause: BaseException,
+        *,
+        step: int | None = None,
+        section: str | None = None,
+        tokens: dict[str, int] | None = None,
+    ):
+        section = section or _SECTIONS.get(phase)
+        self.facts = {"section": section, "step": step}
+        at = phase + (f", step {step}" if step else "")
+        said = f"{type(cause).__name__}: {' '.join(str(cause).split())[:160]}"
+        remedy = "use actor.dtype=bfloat16, more ranks, or a machine with more memory"
+        if section and tokens:
+            number = tokens[section]
+            at += f", with {number:,} tokens a micro-batch"
+            remedy = f"lower {section}.mb_spec.max_tokens_per_mb = {number}"
+        super().__init__(f"{at} ({said}); {remedy}")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that memory ran out, on the device or on the host."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS)
+
+
+def free_bytes(world: World) -> int:
+    """Memory that this rank may use: its device's, or its part of the machine's. Ask before loading weights."""
+    if world.device.type == "cuda":
+        return torch.cuda.mem_get_info(world.device)[0]
+    return machine.free_host_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
+
+
+def largest_micro_batch(
+    config: Config, costs: np.ndarray, num_ranks: int, max_tokens: int, work: np.ndarray | None = None
+) -> tuple[int, list[int]]:
+    """The largest micro-batch that any step of the run will have on any rank (to 1 %): its tokens and its pairs.
+
+    Args:
+        config: decides which pairs a step takes.
+        costs: tokens run for each pair of the training store. Shape: (P,)
+        num_ranks: data-parallel ranks.
+        max_tokens: the budget.
+        work: FLOPs of each pair, where the ranks are balanced by them (see `packing.plan_step`). Shape: (P,)
+    """
+    largest, found = 0, [int(costs.argmax())]
+    for rows in schedule.rows_by_step(config, len(costs)):
+        here = costs[rows]
+        # What the fullest rank may get at most: most steps need no plan to be ruled out.
+        bound = here.sum() if work is not None else min(here.sum(), here.sum() / num_ranks + here.max())
+        if bound <= largest:
+            continue
+        by = [] if work is None else [work[rows].tolist()]
+        plans = plan_step(here.tolist(), num_ranks, max_tokens, *by)
+        for members in (members for plan in plans for members in plan if members):
+            tokens = int(here[members].sum())
+            if tokens > largest:
+                largest, found = tokens, [int(rows[i]) for i in members]
+        if largest >= _FULL * max_tokens:
+            break
+    return largest, found
+
+
+def settle(
+    config: Config,
+    world: World,
+    *,
+    shape: Shape | None,
+    costs: np.ndarray,
+    free: int,
+    before: dict[str, Any],
+    on_cuda: bool,
+    work: np.ndarray | None = None,
+) -> dict[str, Any]:
+    """The budget of a run as configured or estimated; the same on every rank. A collective.
+
+    Args:
+        shape: of the policy; None of a family whose sizes are not known, which gets what the device likes.
+        costs: tokens run for each pair of the training store. Shape: (P,)
+        free: bytes of this rank (`free_bytes`).
+        before: what `budget.read` gives; its numbers stand when it holds halvings.
+        on_cuda: where the ranks run.
+        work: as for `largest_micro_batch`.
+
+    Returns:
+        The content of `budget.json` (see records/budget); `source` is `config` or `estimated`.
+    """
+    longest = int(costs.max())
+    most = CUDA_TOKENS if on_cuda else CPU_TOKENS
+    if shape is not None:
+        most = min(most, tokens_that_fit(shape, config, num_ranks=world.size, free_bytes=free))
+    estimate = _least(world, max(longest, most))
+    asked = {name: getattr(config, name).mb_spec.max_tokens_per_mb for name in budget.SECTIONS}
+    numbers = {name: estimate if word == "auto" else int(word) for name, word in asked.items()}
+    halvings = before.get("halvings", [])
+    if halvings:
+        numbers = {name: before[name] for name in budget.SECTIONS}
+    largest, _ = largest_micro_batch(config, costs, world.size, numbers["actor"], work)
+    return {
+        **numbers,
+        "source": {name: "estimated" if word == "auto" else "config" for name, word in asked.items()},
+        "asked": asked,
+        "longest_pair": longest,
+        "largest": {"actor": largest, "ref": numbers["ref"] if on_cuda else min(numbers["ref"], CPU_TOKENS)},
+        "halvings": halvings,
+    }
+
+
+def describe(made: dict[str, Any]) -> str:
+    """One line on the numbers of a run and where they are from."""
+    parts = [f"{name} {made[name]:,} tokens ({made['source'][name]})" for name in budget.SECTIONS]
+    halvings = len(made["halvings"])
+    after = f", after {halvings} halving{'s' if halvings > 1 else ''}" if halvings else ""
+    return f"micro-batches: {', '.join(parts)}{after}; the longest pair has {made['longest_pair']:,}"
+
+
+def _least(world: World, number: int) -> int:
+    """The least of the ranks' numbers. A collective (on the CPU)."""
+    least = torch.tensor(number)
+    if world.size > 1:
+        dist.all_reduce(least, dist.ReduceOp.MIN)
+    return int(least)
+
+
+def measured(
+    made: dict[str, Any],
+    config: Config,
+    costs: np.ndarray,
+    num_ranks: int,
+    run: Callable[[list[int]], None],
+    work: np.ndarray | None = None,
+) -> dict[str, Any]:
+    """The budget after the largest planned micro-batch really ran: halved until it fits.
+
+    Args:
+        made: from `settle`; `actor` is `auto`.
+        costs: as for `settle`.
+        run: runs the micro-batch of these rows forward and backward, or raises for want of memory.
+        work: as for `largest_micro_batch`.
+
+    Raises:
+        OutOfMemory: not even the longest pair fits.
+    """
+    floor, tokens = made["longest_pair"], made["actor"]
+    while True:
+        largest, rows = largest_micro_batch(config, costs, num_ranks, tokens, work)
+        failed = _out_of_memory(run, rows)
+        if failed is None:
+            break
+        less = budget.half(tokens, floor, largest)
+        if less >= tokens:
+            raise OutOfMemory("measuring", failed, section="actor", tokens={"actor": tokens})
+        tokens = less
+    source = {**made["source"], "actor": "measured"}
+    changed = {"actor": tokens, "source": source, "largest": {**made["largest"], "actor": largest}}
+    if made["asked"]["ref"] == "auto":
+        changed["ref"] = changed["largest"]["ref"] = min(made["ref"], tokens)
+        source["ref"] = "measured"
+    return {**made, **changed}
+
+
+def _out_of_memory(run: Callable[[list[int]], None], rows: list[int]) -> BaseException | None:
+    """The error of running out of memory, without the frames that hold the memory; None when it fits."""
+    try:
+        run(rows)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return error.with_traceback(None)
+    return None
+
+
+@contextlib.contextmanager
+def leaving_no_trace(policy: nn.Module, reserve_bytes: int = 0) -> Iterator[None]:
+    """What runs inside leaves weights as they are; its gradients are dropped and the random numbers put back.
+
+    Args:
+        policy: as `pair_model.load` gives it.
+        reserve_bytes: room that is kept from what runs inside, on the policy's device.
+    """
+    parameters = list(masters(policy).values())
+    device = parameters[0].device
+    on_cuda = device.type == "cuda"
+    before = torch.get_rng_state(), torch.cuda.get_rng_state(device) if on_cuda else None
+    try:
+        reserve: Any = torch.empty(reserve_bytes, dtype=torch.uint8, device=device)
+        yield
+    finally:
+        reserve = None  # noqa: F841 - given back before the cache is emptied
+        for parameter in parameters:
+            parameter.grad = None
+        torch.set_rng_state(before[0])
+        if before[1] is not None:
+            torch.cuda.set_rng_state(before[1], device)
+            torch.cuda.empty_cache()
+
+
+def optimizer_bytes(policy: nn.Module, state_bytes: int = 4) -> int:
+    """Bytes of AdamW's two states of this rank, which come to be with the first step only.
+
+    Args:
+        state_bytes: of one value; a float64 weight keeps its states in float64.
+    """
+    total = 0
+    for parameter in masters(policy).values():
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        total += 2 * local.numel() * (8 if local.dtype == torch.float64 else state_bytes)
+    return total
+
+
+def check_micro_batch(config: Config, train: PairStore) -> None:
+    """Refuses a micro-batch budget that the longest pair does not fit in."""
+    longest = int(packing.pair_costs(train.all_lengths(), config.actor.share_prompt).max())
+    if problem := resuming.micro_batch_problem(config, longest):
+        raise UserError(f"{problem}, or lower train_dataset.max_length = {config.train_dataset.max_length}")
+
+
+# ---------------------------------------------------------------- the budget of micro-batches
+
+
+def settle_budget(run_dir: Path, state: Engine, free: int) -> None:
+    """Settles how many tokens a micro-batch may have, tells the engine, and writes it to the run.
+
+    Args:
+        state: gets `actor_tokens` and `ref_tokens`; on one CUDA rank its policy may be loaded again.
+        free: bytes of this rank before the policy was loaded (`micro_batch.free_bytes`).
+    """
+    config, world = state.config, state.world
+    shape, lengths, share = state.policy.shape, state.train.all_lengths(), state.shares(state.policy)
+    costs = packing.pair_costs(lengths, share)
+    work = shape.work(lengths, share) if shape is not None and world.size > 1 else None
+    on_cuda = world.device.type == "cuda"
+    before = budget.read(run_dir)
+    made = settle(
+        config, world, shape=shape, costs=costs, free=free, before=before, on_cuda=on_cuda, work=work
+    )
+    _write_budget(run_dir, world, made)
+    if on_cuda and config.actor.mb_spec.max_tokens_per_mb == "auto":
+        made = measured(made, config, costs, world.size, _trial(state, shape, made), work)
+        _write_budget(run_dir, world, made)
+    state.actor_tokens, state.ref_tokens = made["actor"], made["ref"]
+    if world.is_main:
+        print(describe(made), flush=True)
+
+
+def _write_budget(run_dir: Path, world: World, made: dict[str, Any]) -> None:
+    if world.is_main:
+        budget.write(run_dir, made)
+        manifest.write_commands(run_dir)
+    world.barrier()
+
+
+def _trial(state: Engine, shape: Shape | None, made: dict[str, Any]) -> Callable[[list[int]], None]:
+    """What `micro_batch.measured` runs: a micro-batch of these rows, beside room for what the first step brings.
+
+    FSDP is of no use after an error in mid-pass: a rank alone loads its policy again before the next try. Of
+    several, one may run out of memory while the others wait in a collective: there the error ends the ranks,
+    and the supervisor halves and starts them again.
+    """
+    config, world = state.config, state.world
+    broken = False
+
+    def try_rows(rows: list[int]) -> None:
+        nonlocal broken
+        if broken:
+            gc.collect()
+            torch.cuda.empty_cache()
+            state.policy = load_policy(config, world, state.train, state.valid)
+        broken = True
+        reserve = optimizer_bytes(state.policy, DTYPE_BYTES[config.actor.optimizer.state_dtype])
+        if config.ref.logps == "online" and shape is not None:
+            reserve += DTYPE_BYTES[config.ref.dtype] * shape.params // world.size
+        try:
+            with leaving_no_trace(state.policy, reserve):
+                run_micro_batch(state, rows)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            if world.size > 1:
+                raise OutOfMemory("measuring", error, section="actor", tokens=made) from error
+            del state.policy  # its memory is needed for the next try
+            raise
+        broken = False
+
+    return try_rows
+
+
+def run_micro_batch(state: Engine, rows: list[int]) -> None:
+    """Runs pairs as one micro-batch forward and backward, twice: in a step, gradients of earlier ones lie there."""
+    share = state.shares(state.policy)
+    batch = packing.pack([state.train.pair(row) for row in rows], rows, share=share).to(state.world.device)
+    for _ in range(2):
+        chosen, rejected = step.response_logps(state.policy, batch)
+        (chosen - rejected).sum().backward()

@@ -1,0 +1,164 @@
+"""What each rank runs: `python -m dpo_kit.engine.worker RUN_DIR`, started by the supervisor.
+
+Reads the resolved config and the pair stores of a run folder, joins the other ranks, trains, and lets rank 0
+write what the run records. Exit status: 0 done, 3 stopped as asked, 2 a user's mistake, 4 out of memory, 1
+anything else; for the last three the cause stands in `logs/rank-N.error.json`.
+
+Not here: writing the records (recorder), building pairs, starting or ending processes, sampling text.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dpo_kit import config as config_module
+from dpo_kit.config import Config
+from dpo_kit.engine import loop, micro_batch, reference
+from dpo_kit.engine.checkpoint import Keeper
+from dpo_kit.engine.loop import Hooks
+from dpo_kit.engine.optimizer import make_optimizer
+from dpo_kit.engine.recorder import Recorder
+from dpo_kit.engine.state import Engine, Stopped, load_policy
+from dpo_kit.errors import UserError
+from dpo_kit.model import builtin, export
+from dpo_kit.model.parallel import DTYPES, World, init_world
+from dpo_kit.preferences import open_store
+from dpo_kit.records import budget, findings, metrics
+from dpo_kit.records.status import write_rank_error
+from dpo_kit.system import processes
+from dpo_kit.system.files import read_json
+
+
+def run(run_dir: Path, world: World, should_stop: Any) -> None:
+    """Trains the run of a folder on this rank and exports the model.
+
+    Raises:
+        engine.Stopped: a stop was asked for; the weights so far are in `exports/`.
+        UserError: config, data or numbers do not allow the run.
+        budget.OutOfMemory: memory ran out, of the device or of the host.
+    """
+    config = config_module.load(run_dir / "config.yaml")
+    recorder = Recorder(run_dir, config, world)
+    recorder.progress("load model")
+    try:
+        _run(run_dir, config, world, recorder, should_stop)
+    except Exception as error:
+        if not micro_batch.is_out_of_memory(error):
+            raise
+        settled = budget.read(run_dir)
+        raise micro_batch.OutOfMemory(recorder.phase, error, step=recorder.step, tokens=settled) from error
+
+
+def _run(run_dir: Path, config: Config, world: World, recorder: Recorder, should_stop: Any) -> None:
+    torch.manual_seed(config.seed)
+    torch.use_deterministic_algorithms(config.actor.deterministic)
+    data = read_json(run_dir / "data.json")
+    train = open_store(Path(data["train"]))
+    valid = open_store(Path(data["valid"])) if data.get("valid") else None
+    micro_batch.check_micro_batch(config, train)
+    free = micro_batch.free_bytes(world)
+    state = Engine(
+        config=config,
+        world=world,
+        policy=load_policy(config, world, train, valid),
+        train=train,
+        valid=valid,
+        should_stop=should_stop,
+        progress=recorder.progress,
+        found=recorder.found,
+    )
+    micro_batch.settle_budget(run_dir, state, free)
+    recorder.write_weights(reference.prepare_reference(state, Path(config.cluster.fileroot)))
+    for finding in reference.swapped_columns(train, state.ref_train):
+        recorder.found(finding)
+    optimizer = make_optimizer(state)
+    keeper = Keeper(run_dir, state, optimizer, recorder)
+    facts = keeper.resume()
+    recorder.resume(facts["step"], owes_evaluation=facts["owes_evaluation"])
+    tokenizer = builtin.load_tokenizer(builtin.ensure(config.tokenizer_path or config.actor.path))
+    end_token_id = int(train.pair(0).chosen_ids[-1])
+    dtype = DTYPES[config.actor.dtype]
+
+    def save(folder: Path, phase: str = "checkpoint") -> None:
+        recorder.progress(phase)
+        found = findings.read(run_dir)
+        text = export.model_card(config, metrics.readable_metrics(run_dir), found) if world.is_main else ""
+        export.write(
+            state.policy, folder, tokenizer, world, dtype=dtype, end_token_id=end_token_id, card=text
+        )
+
+    def evaluated(step: int, means: dict[str, Any], pairs: list[dict[str, Any]]) -> None:
+        recorder.write_evaluation(step, means, pairs)
+        if config.saver.best and step and means["dpo-eval/loss"] < keeper.best:
+            keeper.best = means["dpo-eval/loss"]
+            save(run_dir / "exports" / "best")
+
+    hooks = Hooks(
+        stepped=recorder.record,
+        evaluated=evaluated,
+        due=recorder.due,
+        save=lambda step: save(run_dir / "exports" / f"step-{step}"),
+        checkpoint=keeper.save,
+    )
+    try:
+        last = loop.train(
+            state, hooks, optimizer, done=facts["step"], owes_evaluation=facts["owes_evaluation"]
+        )
+    finally:
+        recorder.flush()
+    if config.recover.keep == "all":
+        keeper.save(last)
+    save(run_dir / "model", "export")
+
+
+def main(run_dir: Path) -> int:
+    """Runs this rank; returns its exit status."""
+    processes.die_with_parent()
+    processes.answer_requests()
+    stop = False
+
+    def ask_to_stop(*_: Any) -> None:
+        nonlocal stop
+        stop = True
+
+    signal.signal(signal.SIGTERM, ask_to_stop)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    rank = int(os.environ["RANK"])
+    cuda = os.environ.get("DPO_KIT_DEVICE", "cpu") == "cuda"
+    try:
+        world = init_world(cuda=cuda, init_method=f"file://{os.environ['DPO_KIT_INIT_FILE']}")
+        run(run_dir, world, lambda: stop)
+    except Stopped:
+        status = 3
+    except UserError as error:
+        write_rank_error(run_dir, rank, error)
+        status = 2
+    except micro_batch.OutOfMemory as error:
+        write_rank_error(run_dir, rank, error, out_of_memory=error.facts)
+        traceback.print_exc()
+        status = budget.OUT_OF_MEMORY
+    except BaseException as error:
+        write_rank_error(run_dir, rank, error)
+        traceback.print_exc()
+        status = 1
+    else:
+        status = 0
+    if status in (0, 3):
+        dist.destroy_process_group()
+    return status
+
+
+if __name__ == "__main__":
+    # os._exit: a rank that failed must not wait for peers in the process group's destructor.
+    code = main(Path(sys.argv[1]))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

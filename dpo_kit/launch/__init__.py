@@ -1,0 +1,23 @@
+"""Starting runs: find the devices, refuse what cannot run, make the folder, start the supervisor.
+
+    run = launch.start(settings)                   returns at once; attaches when its run lives
+    code = launch.run_in_foreground(settings)      what `dpo-kit train` does
+    results = launch.spawn(my_module.fn, 1, 2)     a function on N ranks for a cell
+
+Deliberately not here: what happens to a started run (supervise, runs).
+"""
+
+from dpo_kit.launch.local import live, resume_in_foreground, run_in_foreground, start
+from dpo_kit.launch.ranks import spawn
+from dpo_kit.launch.world import resolve_world
+from dpo_kit.supervise.headless import is_headless
+
+__all__ = [
+    "is_headless",
+    "live",
+    "resolve_world",
+    "resume_in_foreground",
+    "run_in_foreground",
+    "spawn",
+    "start",
+]

@@ -1,0 +1,135 @@
+"""Starting runs on this machine, in the background or with this process as the supervisor.
+
+Whether a run outlives this process is a matter of who sits before it (supervise/headless). Everything that can be told
+without building data is checked before the folder is made, so that a mistake leaves nothing on disk; what a run that
+exists may not go on with is refused before anything of it changes (`resuming`).
+
+Deliberately not here: what happens to a started run (supervise, runs), which folder it gets (`trial`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from pathlib import Path
+
+from dpo_kit.config import Config
+from dpo_kit.errors import RunError, UserError
+from dpo_kit.launch import preflight, trial, world
+from dpo_kit.records import findings, manifest, run_folder
+from dpo_kit.runs import Run
+from dpo_kit.supervise import supervisor
+from dpo_kit.supervise.headless import is_headless
+from dpo_kit.supervise.start import begin_anew, resume_problem, start_supervisor
+from dpo_kit.view import progress
+
+_STARTED_S = 20.0
+_LONG_AGO_S = 60.0
+
+
+def start(config: Config, new: bool = False, *, owner: str | None = None, detached: bool = False) -> Run:
+    """Starts a run and returns its handle at once.
+
+    Interactive, a live run with the same configuration or of the same trial name is attached instead of
+    started a second time, so that a launch cell can be run again. Headless (papermill, nbconvert, pytest, a
+    plain script) the run belongs to this process and ends with it.
+
+    Args:
+        config: a loaded configuration.
+        new: start another run even while one like it lives.
+        owner: `interactive` or `headless`; None finds out (`is_headless`).
+        detached: the run belongs to nobody, whoever starts it (`dpo-kit train --detach`); returns when the
+            supervisor has taken over, a second later.
+
+    Raises:
+        UserError: what cannot run here, or a trial that exists. Nothing is left on disk.
+        RunError: detached, and the supervisor did not start.
+    """
+    kind = "detached" if detached else owner or ("headless" if is_headless() else "interactive")
+    assert kind in ("detached", "headless", "interactive"), kind
+    config = world.resolve_world(config)
+    if kind == "interactive" and not new and (running := trial.live_alike(config)):
+        return running
+    run, is_done = trial.open_trial(config, kind)
+    if not is_done:
+        run._supervisor = start_supervisor(run.dir, kind)
+        world.print_line(f"run: {run.dir}")
+    if detached:
+        _until_started(run)
+    return run
+
+
+def _until_started(run: Run) -> None:
+    """Whoever starts a detached run goes away: a supervisor that cannot start is told before that."""
+    deadline = time.monotonic() + _STARTED_S
+    while run.state == "queued" and time.monotonic() < deadline:
+        time.sleep(0.05)
+    if run.state == "failed":
+        raise RunError(run.epitaph(), run_dir=run.dir, state="failed")
+
+
+def run_in_foreground(config: Config, source: str | Path | None = None) -> int:
+    """Trains with this process as the supervisor; the last line it prints is the run folder.
+
+    The first SIGINT or SIGTERM stops the run with its state saved, the second leaves at once.
+
+    Args:
+        config: a loaded configuration.
+        source: its params file: with that of another run, what differs from that run is told.
+
+    Returns:
+        Exit status: 0 done, 2 a user's mistake in a rank, 3 stopped or preempted, 1 failed.
+
+    Raises:
+        UserError: what cannot run, a trial that exists, data that cannot be used. Nothing is left on disk.
+    """
+    config = world.resolve_world(config)
+    run, is_done = trial.open_trial(config, "foreground", source)
+    return foreground(run, is_done)
+
+
+def resume_in_foreground(run: Run) -> int:
+    """Runs an ended run's folder again with this process as the supervisor, as `run_in_foreground` does.
+
+    Raises:
+        UserError: it is live, or somebody else is about to run it.
+    """
+    if run.is_live:
+        show = manifest.command("show", run.dir)
+        raise UserError(f"{run.name} is {run.state}; nothing to resume ({show})")
+    is_done = run.state == "done"
+    if is_done:
+        world.print_line(f"{run.name} is done; nothing to resume")
+    else:
+        if problem := resume_problem(run.dir):
+            raise UserError(problem)
+        if not run.status.get("trained"):
+            preflight.check(run.config)
+        begin_anew(run.dir)
+    return foreground(run, is_done)
+
+
+def foreground(run: Run, is_done: bool) -> int:
+    """Supervises a queued run in this process; its exit status."""
+    code = 0 if is_done else supervisor.supervise(run.dir, foreground=True, lines=progress.Lines(run.dir))
+    if code == 0 and not is_done and (figures := progress.last_figures(run.dir)):
+        status = run.status
+        if status["ended_at"] - status["started_at"] > _LONG_AGO_S:
+            for finding in findings.read(run.dir):  # again, beside the figures
+                world.print_line(str(finding))
+        world.print_line(figures)
+    if code != 0:
+        print(run.epitaph(), file=sys.stderr, flush=True)
+    world.print_line(str(run.dir))
+    return code
+
+
+def live(fileroot: str | Path) -> list[Run]:
+    """Runs under a root that a supervisor is working on, oldest first."""
+    found = []
+    for folder in run_folder.list_runs(Path(fileroot)):
+        with contextlib.suppress(UserError):  # a damaged folder of another run is no reason to start none
+            if Run(folder).is_live:
+                found.append(Run(folder))
+    return found

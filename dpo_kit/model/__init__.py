@@ -1,0 +1,1 @@
+"""Token ids to log-probs: load, pack, attend, head, shard, export."""

@@ -1,0 +1,328 @@
+"""What pairs cost, by formula: parameters, FLOPs and bytes from a model's config.json. Plain arithmetic, no torch.
+
+One pair with prompt P and responses C and R (tokens), N_b body and N_h head parameters, a forward:
+
+    without sharing   2 N_b (2P + C + R) + A(P + C, 0) + A(P + R, 0) + 2 N_h S
+    shared            2 N_b (P + C + R)  + A(P + C, 0) + A(R, P)     + 2 N_h S
+
+with A(q, k0) = 4 L h hd (q k0 + q^2 / 2) for q queries after k0 earlier keys, and S scored tokens. A training
+step is three forwards; what is run again to save memory is no useful work. Not here: seconds
+(tools/estimate), what is run in which order (`packing`), what is free (system/machine).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dpo_kit.config import Config
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+# Elements of one [tokens, vocabulary] chunk of the log-prob head: 32 Mi are 128 MiB in fp32; fewer rows a chunk make
+# thin, slow matmuls. A GPU wants 4k tokens and more (performance figures of the field, not measured here).
+HEAD_CHUNK_ELEMENTS = {"cpu": 1 << 25, "cuda": 1 << 29}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a decoder-only language model."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    tied: bool
+
+    @classmethod
+    def of(cls, config: dict[str, Any]) -> Shape:
+        """From the fields of a config.json (`config.to_dict()` of a loaded one).
+
+        Raises:
+            KeyError: a field is missing.
+            ValueError: a field is no number of anything.
+        """
+
+        def size(value: Any) -> int:
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{value!r} is no size")
+            return value
+
+        def field(name: str, older: str) -> int:
+            return size(config[name] if config.get(name) is not None else config[older])
+
+        heads, hidden = field("num_attention_heads", "n_head"), field("hidden_size", "n_embd")
+        return cls(
+            layers=field("num_hidden_layers", "n_layer"),
+            hidden=hidden,
+            intermediate=size(config.get("intermediate_size") or config.get("n_inner") or 4 * hidden),
+            heads=heads,
+            kv_heads=size(config.get("num_key_value_heads") or heads),
+            head_dim=size(config.get("head_dim") or hidden // heads),
+            vocab=size(config["vocab_size"]),
+            tied=bool(config.get("tie_word_embeddings", False)),
+        )
+
+    @property
+    def block_params(self) -> int:
+        """Matrix parameters of one decoder block (norms and biases, below a thousandth, left out)."""
+        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        return attention + 3 * self.hidden * self.intermediate
+
+    @property
+    def body_params(self) -> int:
+        """N_b: matrix parameters of all blocks."""
+        return self.layers * self.block_params
+
+    @property
+    def head_params(self) -> int:
+        """N_h: parameters of the output layer."""
+        return self.hidden * self.vocab
+
+    @property
+    def params(self) -> int:
+        """Parameters that are stored: blocks, output layer, and the embedding unless it is the same matrix."""
+        return self.body_params + self.head_params * (1 if self.tied else 2)
+
+    def work(self, lengths: np.ndarray, share: bool) -> np.ndarray:
+        """`pair_flops` of each row of lengths, by which ranks are balanced. Shapes: (P, 3) -> (P,)"""
+        import numpy as np  # listing runs does without
+
+        return np.array([self.pair_flops(pair, share) for pair in lengths.tolist()])
+
+    def attention_flops(self, queries: int, earlier: int) -> float:
+        """A(q, k0): causal attention of q queries that also see k0 earlier keys, a forward, all layers."""
+        return 4.0 * self.layers * self.heads * self.head_dim * (queries * earlier + queries**2 / 2)
+
+    def pair_flops(self, lengths: Sequence[int], share: bool, scored: int | None = None) -> float:
+        """FLOPs of one forward over a pair.
+
+        Args:
+            lengths: (shared prefix, whole chosen text, whole rejected text), tokens.
+            share: whether the prefix is run once.
+            scored: tokens that get a log-prob; what follows the prefix when left out.
+        """
+        shared, chosen, rejected = lengths
+        if scored is None:
+            scored = chosen + rejected - 2 * shared
+        prefix = shared if share else 0
+        body = 2.0 * self.body_params * (chosen + rejected - prefix)
+        attention = self.attention_flops(chosen, 0) + self.attention_flops(rejected - prefix, prefix)
+        return body + attention + 2.0 * self.head_params * scored
+
+
+DTYPE_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
+PROCESS_BYTES = {"cpu": 400 * 2**20, "cuda": 1200 * 2**20}
+# Of the tokens of a pair, how many are its shared prefix: on CUDA their keys and values are kept twice.
+TYPICAL_PREFIX_SHARE = 0.4
+# glibc hands pieces from this size on back to the system at once; smaller ones leave holes.
+LARGEST_HEAP_PIECE = 32 * 2**20
+# Bytes a small parameter: on one rank; with FSDP2, which gathers and reduces in buffers of other sizes, more.
+HEAP_SLACK = 1.2
+SHARDED_HEAP_SLACK = 4.0
+CUDA_SLACK = 0.08
+MOST_TOKENS = 1 << 24
+# More tokens a micro-batch are not worth a word.
+PROPOSED_TOKENS = 16384
+
+
+def step_bytes(shape: Shape, config: Config, *, num_ranks: int, tokens: int) -> dict[str, int]:
+    """Bytes of one rank at the peak of a step, by part (see the module's docstring).
+
+    Args:
+        shape: of the policy; an online reference is taken to have the same.
+        config: dtype, gradient checkpointing, optimizer states and reference are read.
+        num_ranks: data-parallel ranks.
+        tokens: tokens run in the largest micro-batch.
+    """
+    actor = config.actor
+    compute = DTYPE_BYTES[actor.dtype]
+    master = max(compute, 4)
+    device = _device(config)
+    parts = {
+        "weights": shape.params * master // num_ranks,
+        "optimizer": 2 * shape.params * _state_bytes(config) // num_ranks,
+        "gradients": shape.params * master // num_ranks,
+        "copies": _copies(shape, compute, num_ranks, held=master),
+        "reference": 0,
+        "activations": tokens * kept_bytes(shape, config),
+        "working": max(head_bytes(shape, tokens, compute, device), tokens * _recomputed(shape, config)),
+    }
+    if config.ref.logps == "online":
+        own = DTYPE_BYTES[config.ref.dtype]
+        parts["reference"] = shape.params * own // num_ranks + _copies(shape, own, num_ranks, held=own)
+    if device == "cuda":
+        slack = CUDA_SLACK * (parts["activations"] + parts["working"] + parts["copies"])
+    else:
+        each = HEAP_SLACK if num_ranks == 1 else SHARDED_HEAP_SLACK + 2 * compute
+        slack = each * _heap_params(shape)
+    return {**parts, "allocator": int(slack), "process": PROCESS_BYTES[device]}
+
+
+def tokens_that_fit(shape: Shape, config: Config, *, num_ranks: int, free_bytes: int) -> int:
+    """The largest micro-batch whose step fits in `free_bytes` a rank; 0 when not even the weights fit.
+
+    Args:
+        num_ranks: data-parallel ranks.
+        free_bytes: of one rank. CPU ranks share the machine's memory: hand over their part of it.
+
+    Returns:
+        Tokens run, at most 2^24.
+    """
+    low, high = 0, MOST_TOKENS
+    while low < high:
+        middle = (low + high + 1) // 2
+        if sum(step_bytes(shape, config, num_ranks=num_ranks, tokens=middle).values()) <= free_bytes:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def checkpoint_bytes(shape: Shape, config: Config) -> int:
+    """Bytes of the master weights and both optimizer states of the whole model."""
+    return shape.params * (max(DTYPE_BYTES[config.actor.dtype], 4) + 2 * _state_bytes(config))
+
+
+def checkpoints_at_once(config: Config, due: int | None = None) -> int:
+    """Checkpoints that lie in a run's folder at once: those kept and the one being written; a stop writes one, too.
+
+    Args:
+        due: how many the run will write by its frequencies; None when that is not known.
+    """
+    recover = config.recover
+    if not any((recover.freq_epochs, recover.freq_steps, recover.freq_secs)):
+        return 1
+    most = 1 + (due or 1 if recover.keep == "all" else int(recover.keep))
+    return most if due is None else min(most, due + 1)
+
+
+def _device(config: Config) -> str:
+    return "cuda" if config.cluster.n_gpus_per_node not in (0, "auto") else "cpu"
+
+
+def _state_bytes(config: Config) -> int:
+    if config.actor.dtype == "float64":
+        return 8
+    return DTYPE_BYTES[config.actor.optimizer.state_dtype]
+
+
+def remedy(shape: Shape, config: Config, *, num_ranks: int, free_bytes: int, longest: int) -> str:
+    """Settings with which a step fits in `free_bytes` a rank, in words.
+
+    Args:
+        longest: tokens run for the longest pair, which a micro-batch must hold.
+    """
+    fitting = tokens_that_fit(shape, config, num_ranks=num_ranks, free_bytes=free_bytes)
+    if fitting >= longest:
+        return (
+            f"use actor.mb_spec.max_tokens_per_mb={fitting} or less (the longest pair has {longest} tokens)"
+        )
+    for settings in _cheaper(config):
+        tried = copy.deepcopy(config)
+        for field, value in settings.items():
+            section, _, name = field.rpartition(".")
+            _set(tried, section.split("."), name, value)
+        fitting = tokens_that_fit(shape, tried, num_ranks=num_ranks, free_bytes=free_bytes)
+        if fitting >= longest:
+            words = " ".join(f"{field}={str(value).lower()}" for field, value in settings.items())
+            return f"use {words} actor.mb_spec.max_tokens_per_mb={min(fitting, PROPOSED_TOKENS)}"
+    least = sum(step_bytes(shape, config, num_ranks=num_ranks, tokens=longest).values())
+    what = f"the longest pair alone ({longest} tokens) needs" if longest > 1 else "the weights alone need"
+    return (
+        f"{what} {least / 2**30:.2f} GiB a rank, and no setting makes it fit; use a smaller model, a lower"
+        " train_dataset.max_length, or a machine with more memory"
+    )
+
+
+def _cheaper(config: Config) -> list[dict[str, Any]]:
+    """Settings that need less memory: each alone, the mildest first, then more and more of them together."""
+    steps: list[dict[str, Any]] = []
+    if config.actor.gradient_checkpointing is not True:
+        steps.append({"actor.gradient_checkpointing": True})
+    if config.ref.logps == "online":
+        steps.append({"ref.logps": "cached"})
+    if _state_bytes(config) == 4:
+        steps.append({"actor.optimizer.state_dtype": "bfloat16"})
+    if config.actor.dtype != "bfloat16":
+        steps.append({"actor.dtype": "bfloat16"})
+    together = [dict(pair for step in steps[: n + 1] for pair in step.items()) for n in range(1, len(steps))]
+    return [*steps, *together]
+
+
+def _set(config: Any, sections: list[str], name: str, value: Any) -> None:
+    for section in sections:
+        config = getattr(config, section)
+    setattr(config, name, value)
+
+
+def block_bytes(shape: Shape, dtype_bytes: int, prefix_share: float = 0.0) -> int:
+    """Bytes that the backward of one decoder block needs, a token.
+
+    Two norms (input, normalised, output), queries and the attention's output, keys and values, four tensors of
+    the gated layer.
+
+    Args:
+        prefix_share: of the tokens, those whose keys and values are gathered a second time (CUDA).
+    """
+    norms = 2 * (3 * dtype_bytes if dtype_bytes >= 4 else 4 + 2 * dtype_bytes) * shape.hidden
+    attention = 2 * shape.heads * shape.head_dim + 2 * shape.kv_heads * shape.head_dim * (1 + prefix_share)
+    return int(norms + dtype_bytes * (attention + 4 * shape.intermediate))
+
+
+def kept_bytes(shape: Shape, config: Config) -> int:
+    """Bytes a token that all blocks keep from the forward to the backward."""
+    compute = DTYPE_BYTES[config.actor.dtype]
+    mode = config.actor.gradient_checkpointing
+    if mode is False:
+        return shape.layers * _block_bytes(shape, config)
+    kept = shape.hidden
+    if mode == "selective":  # attention, and of the matmuls queries, values, the gate and the last one
+        kept += shape.hidden + shape.head_dim * (2 * shape.heads + shape.kv_heads) + shape.intermediate
+    return shape.layers * compute * kept
+
+
+def _block_bytes(shape: Shape, config: Config) -> int:
+    twice = TYPICAL_PREFIX_SHARE if _device(config) == "cuda" else 0.0
+    return block_bytes(shape, DTYPE_BYTES[config.actor.dtype], twice)
+
+
+def _recomputed(shape: Shape, config: Config) -> int:
+    """Bytes a token of the one block that is run again in the backward."""
+    if config.actor.gradient_checkpointing is False:
+        return 0
+    return _block_bytes(shape, config)
+
+
+def head_bytes(shape: Shape, tokens: int, dtype_bytes: int, device: str = "cpu") -> int:
+    """Bytes that one chunk of the log-prob head needs in the backward, and the gradient of its weight."""
+    elements = min(HEAD_CHUNK_ELEMENTS[device], tokens * shape.vocab)
+    upcast = max(dtype_bytes, 4)
+    chunk = elements * (upcast + (dtype_bytes if dtype_bytes < upcast else 0))
+    return chunk + shape.head_params * upcast
+
+
+def _copies(shape: Shape, dtype_bytes: int, num_ranks: int, held: int) -> int:
+    """Weights that are held a second time at the peak.
+
+    Args:
+        dtype_bytes: of a value in the compute dtype.
+        held: bytes of a value of the weights that stay: on one rank there is no copy where both are the same.
+    """
+    if num_ranks == 1:
+        return 0 if held == dtype_bytes else dtype_bytes * shape.params
+    head = shape.head_params * (1 if shape.tied else 2)
+    return dtype_bytes * (head + min(2, shape.layers) * shape.block_params)
+
+
+def _heap_params(shape: Shape) -> int:
+    """Parameters of the blocks whose matrices are small enough to live in glibc's heap."""
+    is_small = 4 * shape.hidden * shape.intermediate < LARGEST_HEAP_PIECE
+    return shape.body_params if is_small else 0

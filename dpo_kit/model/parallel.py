@@ -1,0 +1,207 @@
+"""Ranks, devices and FSDP2 sharding; the same calls on gloo (CPU) and NCCL (CUDA).
+
+What is sharded and in which order: the embedding, [norm, lm_head] in one group (with the embedding too when
+weights are tied), each decoder block, then the root. Master weights stay in fp32 (float64 when asked for),
+blocks compute in `dtype`, gradients are summed, never averaged, in fp32 or better: the loss is already divided
+by the global number of pairs.
+
+One rank shards nothing: FSDP2 would copy every weight and every gradient in each micro-batch (a quarter of a
+step's time on a CPU). There the model holds its weights in `dtype` and, where they are trained in fp32, a master
+beside each (`add_masters`, `publish`). Both ways give the same bits.
+
+Not here: starting processes (supervise), what is computed (engine).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the ranks of a run."""
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sums a tensor over ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def barrier(self) -> None:
+        """Waits for every rank."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def init_world(*, cuda: bool, init_method: str | None = None) -> World:
+    """Joins the process group of the run; rank and size come from RANK and WORLD_SIZE.
+
+    Args:
+        cuda: NCCL on the device LOCAL_RANK, else gloo on the CPU.
+        init_method: torch.distributed address, by preference `file://...`, which opens no port.
+    """
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, init_method=init_method, rank=rank, world_size=size)
+    return World(rank, size, device, init_device_mesh(device.type, (size,), mesh_dim_names=("dp",)))
+
+
+@contextlib.contextmanager
+def alone(*, cuda: bool) -> Iterator[World]:
+    """A process group of this process; the environment is put back, for this may be a notebook or a test."""
+    mine = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    before = {name: os.environ.get(name) for name in mine}
+    os.environ.update(mine)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            yield init_world(cuda=cuda, init_method=f"file://{folder}/init")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def precision(dtype: torch.dtype) -> MixedPrecisionPolicy:
+    """Compute in `dtype`, reduce gradients in fp32 (float64 stays float64)."""
+    reduce_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduce_dtype)
+
+
+def shard(model: nn.Module, world: World, dtype: torch.dtype) -> nn.Module:
+    """Applies FSDP2 to a `pair_model.PairModel`, in place.
+
+    Args:
+        model: a module whose `.lm` is a transformers causal language model, on any device, also meta, its
+            weights in the dtype of the masters.
+        dtype: what the blocks compute in.
+    """
+    options: dict[str, Any] = {"mesh": world.mesh, "mp_policy": precision(dtype)}
+    lm: Any = model.lm
+    body = getattr(lm, "model", None)
+    # A model of another family may be built otherwise: then the root alone is sharded.
+    known = all(hasattr(body, name) for name in ("embed_tokens", "norm", "layers")) and hasattr(lm, "lm_head")
+    if known:
+        _shard_parts(lm, options)
+    fully_shard(model, reshard_after_forward=False, **options)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            with contextlib.suppress(AttributeError):
+                module.set_force_sum_reduction_for_comms(True)
+    return model
+
+
+def _shard_parts(lm: Any, options: dict[str, Any]) -> None:
+    body = lm.model
+    if lm.lm_head.weight is body.embed_tokens.weight:
+        fully_shard([body.embed_tokens, body.norm, lm.lm_head], reshard_after_forward=False, **options)
+    else:
+        fully_shard(body.embed_tokens, **options)
+        fully_shard([body.norm, lm.lm_head], reshard_after_forward=False, **options)
+    for block in body.layers:
+        fully_shard(block, reshard_after_forward=True, **options)
+
+
+def add_masters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Gives each weight of a model of one rank a master in `dtype`, empty, which collects its gradients."""
+    for param in model.parameters():
+        param.master = nn.Parameter(torch.empty_like(param, dtype=dtype))  # type: ignore[attr-defined]
+        param.register_post_accumulate_grad_hook(_hand_over)
+
+
+def _hand_over(param: Tensor) -> None:
+    master: nn.Parameter = param.master  # type: ignore[attr-defined]
+    assert param.grad is not None
+    if master.grad is None:
+        master.grad = param.grad.to(master.dtype)
+    else:
+        master.grad.add_(param.grad)
+    param.grad = None
+
+
+@torch.no_grad()
+def publish(model: nn.Module) -> None:
+    """Copies the masters that an optimizer has changed into the weights that the model computes with."""
+    pairs = [(p, p.master) for p in model.parameters() if hasattr(p, "master")]
+    if pairs:
+        torch._foreach_copy_([p for p, _ in pairs], [m for _, m in pairs])
+
+
+def reshard(model: nn.Module) -> None:
+    """Frees the gathered weights that a forward without backward leaves behind.
+
+    Until then `model.parameters()` are the gathered copies in the compute dtype, not the master weights:
+    an optimizer made or weights written at that moment would miss the masters.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+@torch.no_grad()
+def copy_into(param: Tensor, full: Tensor) -> None:
+    """Copies a whole tensor into a parameter that may be sharded or have a master: each rank takes its rows."""
+    if isinstance(param, DTensor):
+        local = param.to_local()
+        # Cut as FSDP2 cuts: the last ranks may hold fewer rows or none.
+        rows = full.chunk(param.device_mesh.size())
+        mine = param.device_mesh.get_local_rank()
+        if mine < len(rows) and local.numel():
+            local.copy_(rows[mine])
+        return
+    param.copy_(full)
+    if hasattr(param, "master"):
+        param.master.copy_(full)
+
+
+def full_tensor(param: Tensor) -> Tensor:
+    """The whole tensor of a parameter that may be sharded. A collective: every rank calls it."""
+    return param.full_tensor() if isinstance(param, DTensor) else param.detach()
+
+
+def masters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What the optimizer changes, by name, tied ones once: sharded weights, masters, or the weights themselves."""
+    reshard(model)
+    params = dict(model.named_parameters(remove_duplicate=True))
+    is_sharded = any(isinstance(module, FSDPModule) for module in model.modules())
+    assert all(isinstance(p, DTensor) == is_sharded for p in params.values()), (
+        "gathered weights are no masters"
+    )
+    return {name: getattr(p, "master", p) for name, p in params.items()}
+
+
+def grad_norm(params: Sequence[nn.Parameter]) -> Tensor:
+    """Global L2 norm of the gradients, before clipping; a scalar on the device, without a host sync."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+    return full_tensor(norm)

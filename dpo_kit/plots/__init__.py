@@ -1,0 +1,58 @@
+"""Charts of runs, as Plotly figures and as pictures of them.
+
+Deliberately not here: the figures behind the charts (view/analysis).
+"""
+
+from dpo_kit.plots.charts import (
+    ACCURACY,
+    BLUE,
+    GREEN,
+    GRID,
+    HEIGHT,
+    INK,
+    LOGPS,
+    LOSS,
+    MARGIN,
+    PALETTE,
+    PURPLE,
+    REWARDS,
+    VERMILLION,
+    WIDTH,
+    Curve,
+    Records,
+    describe,
+    live,
+    logps,
+    loss,
+    mimebundle,
+    refresh,
+    reward_grid,
+    rewards,
+)
+
+__all__ = [
+    "ACCURACY",
+    "BLUE",
+    "GREEN",
+    "GRID",
+    "HEIGHT",
+    "INK",
+    "LOGPS",
+    "LOSS",
+    "MARGIN",
+    "PALETTE",
+    "PURPLE",
+    "REWARDS",
+    "VERMILLION",
+    "WIDTH",
+    "Curve",
+    "Records",
+    "describe",
+    "live",
+    "logps",
+    "loss",
+    "mimebundle",
+    "refresh",
+    "reward_grid",
+    "rewards",
+]

@@ -1,0 +1,355 @@
+"""One run from start to end: `python -m dpo_kit.supervise.supervisor RUN_DIR [--owner PID[@START]]...`.
+
+    prepare (models, pairs)  ->  ranks (reference pass, training, export)  ->  samples
+
+Everything heavy is a child process; the supervisor imports neither torch nor datasets. It alone writes
+`status.json`, so that whatever happens to a child, the state of the run is told:
+
+    asked to stop (stop.json, SIGINT, SIGTERM), owner gone  ->  SIGTERM to the children; SIGKILL after
+                                     cluster.grace_s, or at a second signal; `stopped` or `preempted`
+    a rank runs out of memory    ->  the others are killed; all start again with half the micro-batch, three
+                                     times at most (`restarts`): that does not change a step's result
+    a rank fails                 ->  the others are killed; with `recover.mode: auto` all start again from the last
+                                     whole checkpoint, until `recover.retries` failures in a row brought no new
+                                     step; else `failed` with that rank's cause in one line
+    the supervisor is killed     ->  the children end with it (`processes.die_with_parent`)
+
+Deliberately not here: what a rank does (engine/worker), making run folders (launch), checkpoints (engine).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dpo_kit import config as config_module
+from dpo_kit.errors import UserError
+from dpo_kit.records import durations, lock, manifest, metrics, resuming, run_folder
+from dpo_kit.records.checkpoints import steps
+from dpo_kit.records.status import (
+    add_seconds,
+    clear_stop,
+    one_line,
+    read_status,
+    update_status,
+    write_progress,
+)
+from dpo_kit.redaction import guard_output
+from dpo_kit.supervise import restarts
+from dpo_kit.supervise.children import Session, ask, kill, look, merge, wait_for
+from dpo_kit.system import files, folders
+from dpo_kit.system.processes import identify, popen, rank_environment
+
+if TYPE_CHECKING:
+    from dpo_kit.view.progress import Lines
+
+EXIT_CODES = {"done": 0, "stopped": 3, "preempted": 3, "failed": 1}
+# What has no state to save (prepare, samples) need not be waited for.
+_CHILD_GRACE_S = 5.0
+# `timeout` sends its signal to the process and to the group: two signals at once are one request.
+_SECOND_SIGNAL_S = 0.5
+
+
+def supervise(
+    run_dir: Path | str,
+    owners: Sequence[dict[str, Any]] = (),
+    foreground: bool = False,
+    lines: Lines | None = None,
+    *,
+    prepare_module: str = "dpo_kit.dataset.prepare",
+    worker_module: str = "dpo_kit.engine.worker",
+    samples_module: str = "dpo_kit.tools.samples",
+) -> int:
+    """Runs a run folder to its end.
+
+    Args:
+        run_dir: a folder made by `run_folder.create`.
+        owners: identities (`processes.identify`) of processes whose end ends the run as `preempted`.
+        foreground: remove the new folder when the data are a user's mistake.
+        lines: where progress is told.
+        prepare_module: what is run as `python -m ... RUN_DIR` to build models and pairs.
+        worker_module: what every rank runs.
+        samples_module: what answers the prompts after training.
+
+    Returns:
+        Exit status: 0 done, 3 stopped or preempted, 2 a user's mistake, 1 failed.
+
+    Raises:
+        UserError: another process runs this folder; or, in the foreground, a user's mistake was found before
+            any rank was started, or before a fork's first step: the run folder is removed, and nothing is left.
+    """
+    run_dir = Path(run_dir)
+    config = config_module.load(run_dir / "config.yaml")
+    session = Session(run_dir, config, list(owners), lines)
+    session.known = durations.expected_seconds(Path(config.cluster.fileroot), session.kind)
+    modules = (prepare_module, worker_module, samples_module)
+    with lock.lock(run_dir), _signals(session):
+        run_folder.reserve_room(run_dir)
+        (run_dir / "logs").mkdir(exist_ok=True)
+        state, message, mistake = _guarded(session, modules)
+        if foreground and mistake and _leaves_nothing(session):
+            run_folder.remove_folder(run_dir)
+            raise UserError(re.sub(r" \(logs/\S+\)$", "", message))  # the log is gone, too
+        _finish(session, state, message, mistake)
+    return 2 if mistake else EXIT_CODES[state]
+
+
+def _leaves_nothing(session: Session) -> bool:
+    """Whether a mistake came so early that a new folder goes: before the ranks, or a fork's before their first step."""
+    is_first = read_status(session.run_dir).get("attempt") == 1
+    is_early = not session.started_ranks or bool(manifest.parent(session.run_dir))
+    return is_first and is_early and resuming.is_spare(session.run_dir)
+
+
+def _guarded(session: Session, modules: tuple[str, str, str]) -> tuple[str, str, bool]:
+    """State, message, and whether a user's mistake is to blame; an error of our own is a failed run, too."""
+    try:
+        return _run(session, *modules)
+    except Exception as error:
+        traceback.print_exc()
+        return "failed", f"supervisor: {one_line(error)}", False
+
+
+def _run(
+    session: Session, prepare_module: str, worker_module: str, samples_module: str
+) -> tuple[str, str, bool]:
+    status = update_status(
+        session.run_dir, state="running", supervisor=identify(), started_at=time.time(), message=""
+    )
+    # A launcher that did not say who owns the run is this process in the foreground.
+    if status.get("owner") is None:
+        update_status(session.run_dir, owner={"kind": "foreground", **identify()})
+    manifest.write_commands(session.run_dir)  # the numbers of an attempt with another config are void
+    look(session)
+    if session.stop:
+        return session.stop, "before it began", False
+    if not status.get("trained"):  # else an earlier attempt was ended while it made the samples
+        ended = _prepare_and_train(session, prepare_module, worker_module)
+        if ended:
+            return ended
+        update_status(session.run_dir, trained=True)
+    _make_samples(session, samples_module)
+    if told := manifest.repetition(session.run_dir):
+        update_status(session.run_dir, repetition=told)
+        if session.lines:
+            session.lines.write(told)
+    note = (files.read_json(session.run_dir / "progress.json", {}) or {}).get("note")
+    return "done", restarts.halved_text(session) or note or "", False
+
+
+def _prepare_and_train(
+    session: Session, prepare_module: str, worker_module: str
+) -> tuple[str, str, bool] | None:
+    """How the run ended, as `_run` gives it; None when the model is trained and written."""
+    code = _run_child(session, prepare_module, "prepare")
+    if session.stop:
+        return session.stop, "before training; nothing was lost", False
+    if code != 0:
+        failure = restarts.child_failure(session.run_dir, "prepare", code)
+        return "failed", failure.message, failure.mistake
+    codes, failed = _train(session, worker_module)
+    if failed:
+        return "failed", failed.message, failed.mistake
+    if codes[0] != 0:
+        return session.stop or "preempted", _how_stopped(session, codes), False
+    return None
+
+
+def _how_stopped(session: Session, codes: list[int | None]) -> str:
+    killed = ", ".join(str(rank) for rank, code in enumerate(codes) if code is None)
+    if killed and session.leave:
+        return f"as asked, at once: rank {killed} was killed before its state was saved"
+    if killed:
+        return (
+            f"as asked; rank {killed} did not end within {session.config.cluster.grace_s:g} s and was killed"
+        )
+    if -signal.SIGTERM in codes or metrics.last_record(session.run_dir) is None:
+        return "as asked, before the first step: there was nothing to save"
+    return "as asked, with the state saved"
+
+
+def _finish(session: Session, state: str, message: str, mistake: bool) -> None:
+    """Writes the last word, tells it, frees what nobody needs now, and keeps the times for the next run."""
+    run_folder.free_reserve(session.run_dir)
+    with contextlib.suppress(Exception):  # progress that cannot be read must not hide how the run ended
+        merge(session)
+    # The clock of the last phase is still running.
+    progress = session.written
+    phases = progress.get("phases", [])
+    if progress:
+        phases = add_seconds(phases, progress["phase"], time.time() - progress["phase_started_at"])
+    status = update_status(
+        session.run_dir,
+        state=state,
+        message=message,
+        mistake=mistake,
+        ended_at=time.time(),
+        phases=phases,
+        ranks=[],
+    )
+    clear_stop(session.run_dir)
+    if state == "done" and session.config.recover.keep != "all":  # not before `done` is on the disk
+        checkpoints = session.run_dir / "checkpoints"
+        for step in steps(checkpoints):
+            folders.discard(checkpoints / f"step-{step}")
+        folders.remove_leftovers(checkpoints)
+    if state == "done" and status.get("attempt") == 1:  # the time of broken attempts is nobody's expectation
+        durations.remember_seconds(Path(session.config.cluster.fileroot), session.kind, phases)
+    if session.lines:
+        session.lines.finish(status)
+
+
+# ---------------------------------------------------------------- the phases
+
+
+def _run_child(session: Session, module: str, name: str) -> int | None:
+    """Runs `prepare` or `samples`; its exit status, None when it was killed."""
+    with open(session.run_dir / "logs" / f"{name}.log", "ab") as log:
+        child = popen([module, str(session.run_dir)], dict(os.environ), log)
+    return wait_for(session, [child], min(_CHILD_GRACE_S, session.config.cluster.grace_s))[0]
+
+
+def _run_ranks(session: Session, module: str) -> list[int | None]:
+    """Starts the ranks and waits for all of them; see `children.wait_for` for what comes back."""
+    write_progress(session.run_dir, phase="start ranks")
+    session.started_ranks, session.moved_at = True, time.monotonic()
+    # A fresh file for every start: ranks would join the group that a used one describes.
+    with tempfile.TemporaryDirectory(prefix="dpo-kit-init-") as folder:
+        ranks: list[subprocess.Popen] = []
+        try:
+            for rank in range(session.num_ranks):
+                environment = {
+                    **rank_environment(session.num_ranks, rank),
+                    "DPO_KIT_INIT_FILE": str(Path(folder) / "store"),
+                    "DPO_KIT_DEVICE": session.device,
+                }
+                if session.device == "cuda":
+                    environment.pop("OMP_NUM_THREADS")
+                with open(session.run_dir / "logs" / f"rank-{rank}.log", "ab") as log:
+                    attempt = read_status(session.run_dir).get("attempt", 1)
+                    if attempt > 1:
+                        log.write(f"--- attempt {attempt}\n".encode())
+                        log.flush()
+                    ranks.append(popen([module, str(session.run_dir)], environment, log))
+            update_status(session.run_dir, ranks=[process.pid for process in ranks])
+            return wait_for(session, ranks, session.config.cluster.grace_s)
+        finally:
+            kill(ranks)
+
+
+# ---------------------------------------------------------------- starting the ranks again
+
+
+def _train(session: Session, module: str) -> tuple[list[int | None], restarts.Failure | None]:
+    """Runs the ranks, again after failures that allow it; the last exit statuses and failure."""
+    while True:
+        codes = _run_ranks(session, module)
+        if session.hung:
+            (rank, told), session.hung = session.hung, None
+            failed: restarts.Failure | None = restarts.Failure(told, rank=rank, cause="hung")
+        else:
+            failed = restarts.rank_failure(session.run_dir, codes, stopping=session.stop is not None)
+        if codes[0] == 0:  # the model is written: how the others take their leave is no matter
+            return codes, None
+        if failed is None or session.stop:
+            return codes, failed
+        try:
+            if failed.out_of_memory is not None:
+                given_up = restarts.halve(session, failed, failed.out_of_memory)
+            else:
+                given_up = restarts.retry(session, failed)
+        except OSError:  # a full disk: what made the ranks fail is the better word
+            given_up = failed
+        if given_up:
+            return codes, given_up
+
+
+# ---------------------------------------------------------------- samples
+
+
+def _make_samples(session: Session, module: str) -> None:
+    """Lets the samples be made; whatever happens to them, the run is done."""
+    if session.config.evaluator.num_samples == 0:
+        return
+    write_progress(session.run_dir, phase="samples")
+    if session.stop:
+        note = "not made: the run was asked to stop"
+    else:
+        code = _run_child(session, module, "samples")
+        note = (
+            "made"
+            if code == 0
+            else f"failed: {restarts.child_failure(session.run_dir, 'samples', code).message}"
+        )
+        if session.stop and code != 0:
+            note = "not made: the run was asked to stop"
+    update_status(session.run_dir, samples=note)
+    if note != "made" and session.lines:
+        session.lines.write(f"samples {note}")
+
+
+# ---------------------------------------------------------------- signals and the command line
+
+
+@contextlib.contextmanager
+def _signals(session: Session) -> Iterator[None]:
+    """SIGINT asks to stop, SIGTERM and SIGHUP to be preempted; the second one leaves at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, _frame: Any) -> None:
+        if session.stop is None:
+            ask(session, "stopped" if number == signal.SIGINT else "preempted")
+            if session.lines:
+                session.lines.write("stopping with the state saved; a second signal leaves at once")
+        elif time.monotonic() - session.stop_at > _SECOND_SIGNAL_S:
+            session.leave = True
+
+    before = {
+        number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _owner(text: str) -> dict[str, Any]:
+    pid, _, started = text.partition("@")
+    return {"pid": int(pid), "create_time": float(started) if started else None}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line of a detached supervisor."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dpo_kit.supervise.supervisor", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument(
+        "--owner", "--owner-pid", type=_owner, action="append", default=[], metavar="PID[@START]"
+    )
+    given = parser.parse_args(arguments)
+    guard_output()
+    try:
+        return supervise(given.run_dir, given.owner)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

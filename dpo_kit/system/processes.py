@@ -1,0 +1,220 @@
+"""Processes by identity: who is alive, how a child ends with its parent, how a tree is ended.
+
+A pid alone is no identity (the system hands it out again), so a process is named by pid and start time
+everywhere in the kit. The one Linux call (`prctl`) has a portable fallback: a thread that watches the
+parent's pid.
+
+Deliberately not here: starting ranks (supervise, launch/ranks), records on disk, anything that knows a run.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import psutil
+
+PARENT_PID_VARIABLE = "DPO_KIT_PARENT_PID"
+_PR_SET_PDEATHSIG = 1
+# Linux derives a start time from the boot time, which moves with clock corrections.
+_START_TIME_TOLERANCE_S = 2.0
+
+
+def identify(pid: int | None = None) -> dict[str, Any]:
+    """Names a process for good: `{"pid", "create_time", "host"}`.
+
+    Args:
+        pid: process id; None means this process.
+
+    Raises:
+        psutil.NoSuchProcess: there is no such process.
+    """
+    process = psutil.Process(pid)
+    return {"pid": process.pid, "create_time": process.create_time(), "host": socket.gethostname()}
+
+
+def is_alive(identity: dict[str, Any] | None) -> bool:
+    """True while the very process that `identify` named runs on this machine; a zombie is gone."""
+    if not identity or not identity.get("pid"):
+        return False
+    if identity.get("host") not in (None, socket.gethostname()):
+        return False
+    try:
+        process = psutil.Process(int(identity["pid"]))
+        if process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+            return False
+        started = process.create_time()
+    except (psutil.NoSuchProcess, psutil.ZombieProcess, ValueError, TypeError, OverflowError):
+        return False  # the last three: no number of a process
+    except psutil.AccessDenied:
+        return True
+    expected = identity.get("create_time")
+    return expected is None or abs(started - float(expected)) < _START_TIME_TOLERANCE_S
+
+
+def child_environment() -> dict[str, str]:
+    """The variable by which a child knows its parent (see `die_with_parent`)."""
+    return {PARENT_PID_VARIABLE: str(os.getpid())}
+
+
+def die_with_parent(poll_s: float = 0.2) -> str:
+    """Makes the kernel end this process when its parent ends; call it first thing in a child.
+
+    On Linux by `PR_SET_PDEATHSIG`, which needs no cooperation of this process. Elsewhere, or when the
+    call fails, a daemon thread polls the parent's pid. Both close the gap between being started and this
+    call: a parent that is gone already ends the process at once.
+
+    Args:
+        poll_s: how often the fallback looks.
+
+    Returns:
+        `"prctl"` or `"watcher"`: which of the two is at work.
+    """
+    # Named by the parent where it set the variable: by now it may have ended and left us to another.
+    parent = int(os.environ.pop(PARENT_PID_VARIABLE, 0) or os.getppid())
+    signalled = _set_parent_death_signal()
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if signalled:
+        return "prctl"
+    threading.Thread(target=_watch_parent, args=(parent, poll_s), name="parent-watch", daemon=True).start()
+    return "watcher"
+
+
+def end_tree(pids: Iterable[int], grace_s: float = 0.0) -> None:
+    """Ends processes and all their descendants: SIGTERM, `grace_s` seconds, then SIGKILL.
+
+    With `grace_s` 0 they are killed at once. Returns when none of them runs any more (or after 5 s more,
+    for one that the system does not release). Only pass processes that were started by the caller.
+    """
+    processes = _with_descendants(pids)
+    if grace_s > 0:
+        _signal_all(processes, signal.SIGTERM)
+        processes = _wait_gone(processes, grace_s)
+    # Looked up again: a process that was being ended may have started another.
+    processes = _with_descendants([process.pid for process in processes]) if processes else []
+    _signal_all(processes, signal.SIGKILL)
+    _wait_gone(processes, 5.0)
+
+
+def python_path() -> str:
+    """`PYTHONPATH` that lets a child import whatever this process can import."""
+    return os.pathsep.join(dict.fromkeys(entry or os.getcwd() for entry in sys.path))
+
+
+def physical_cores() -> int:
+    """Physical cores this process may use, at least 1."""
+    physical = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    try:
+        allowed = len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS
+        allowed = os.cpu_count() or physical
+    return max(1, min(physical, allowed))
+
+
+def _set_parent_death_signal() -> bool:
+    if sys.platform != "linux":
+        return False
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+        return libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0) == 0
+    except (OSError, AttributeError):
+        return False
+
+
+def _watch_parent(parent: int, poll_s: float) -> None:
+    while os.getppid() == parent:
+        time.sleep(poll_s)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _with_descendants(pids: Iterable[int]) -> list[psutil.Process]:
+    found: dict[int, psutil.Process] = {}
+    for pid in pids:
+        try:
+            process = psutil.Process(pid)
+            for member in [process, *process.children(recursive=True)]:
+                found[member.pid] = member
+        except psutil.NoSuchProcess:
+            continue
+    return list(found.values())
+
+
+def _signal_all(processes: list[psutil.Process], number: int) -> None:
+    for process in processes:
+        try:
+            process.send_signal(number)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+
+
+def _wait_gone(processes: list[psutil.Process], timeout_s: float) -> list[psutil.Process]:
+    deadline = time.monotonic() + timeout_s
+    left = processes
+    while left:
+        left = [process for process in left if _runs(process)]
+        if not left or time.monotonic() > deadline:
+            break
+        time.sleep(0.02)
+    return left
+
+
+def _runs(process: psutil.Process) -> bool:
+    # Our own children stay zombies until their Popen is polled: they no longer run, which is what counts.
+    try:
+        return process.is_running() and process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def popen(arguments: list[str], environment: dict[str, str], log: Any) -> subprocess.Popen:
+    """A child in a session of its own (Ctrl-C in a terminal reaches the supervisor only) that ends with us."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "dpo_kit.system.child", *arguments],
+        env={**environment, **child_variables()},
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def child_variables() -> dict[str, str]:
+    """Variables of every process that the kit starts."""
+    return {**child_environment(), "PYTHONPATH": python_path(), "PYTHONUNBUFFERED": "1"}
+
+
+def answer_requests() -> None:
+    """Lets this process write its threads' stacks to stderr when it gets SIGUSR1."""
+    faulthandler.register(signal.SIGUSR1, file=sys.stderr, all_threads=True, chain=False)
+
+
+def rank_environment(num_ranks: int, rank: int) -> dict[str, str]:
+    """Environment of one rank on this machine: loopback only, the cores shared out."""
+    return {
+        **os.environ,
+        **child_environment(),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_ranks),
+        "OMP_NUM_THREADS": str(max(1, physical_cores() // num_ranks)),
+        "GLOO_SOCKET_IFNAME": loopback(),
+        "NCCL_SOCKET_IFNAME": loopback(),
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": python_path(),
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def loopback() -> str:
+    """Name of the loopback interface."""
+    return "lo" if sys.platform == "linux" else "lo0"

@@ -1,0 +1,1 @@
+"""Beside a run: estimate, doctor, samples, scores, lists, clean-up."""

@@ -1,0 +1,384 @@
+"""What a run will need, before it starts: memory, tokens, time and disk.
+
+    found = estimate.make(config)         a dict of plain numbers, bytes and seconds
+    print(estimate.text(found))           one table; its last line says whether the run fits
+    estimate.refuse(found)                UserError where it does not, with a setting that does
+
+Memory is `costs.step_bytes` at the largest micro-batch that the run plans; time comes from `probe`, a few
+blocks of the same shape on the same ranks. Not here: what a launch refuses without data (`preflight`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpo_kit import config as config_module
+from dpo_kit import dataset
+from dpo_kit.config import Config, steps
+from dpo_kit.engine import micro_batch, reference, schedule
+from dpo_kit.errors import UserError
+from dpo_kit.model import builtin
+from dpo_kit.model.costs import (
+    DTYPE_BYTES,
+    Shape,
+    checkpoint_bytes,
+    checkpoints_at_once,
+    remedy,
+    step_bytes,
+    tokens_that_fit,
+)
+from dpo_kit.model.model_folder import config_in_effect, fingerprint, known_hashes
+from dpo_kit.model.packing import pair_costs, plan_step
+from dpo_kit.preferences import PairStore
+from dpo_kit.system import machine
+
+# Steps of a run that are planned; more tell nothing new.
+PLANNED_STEPS = 200
+PROBED_MICRO_BATCHES = 2
+# Seconds from the launch to loaded weights, and what a host reads or a model writes in a second.
+START_S = {"cpu": 20.0, "cuda": 30.0}
+READ_BYTES_PER_S = {"cpu": 1e10, "cuda": 1.5e12}
+WRITE_BYTES_PER_S = 5e8
+LAYER_S = 5e-4  # of one layer and token in generation, whatever its size
+SAMPLES_BATCH = 8
+METRICS_BYTES, EVALUATION_BYTES, CACHE_BYTES = 600, 350, 32
+GIB = 2**30
+
+
+def make(config: Config, *, probe: bool = True) -> dict[str, Any]:
+    """The estimate of a run, as JSON values.
+
+    Args:
+        config: devices resolved (`launch.resolve_world`).
+        probe: try a few blocks for the times; a run that does not fit in memory is never tried.
+
+    Raises:
+        UserError: the model's config.json is nowhere, or the data cannot be used.
+    """
+    folder = model_folder(config.actor.path)
+    shape = _shape(config.actor.path, folder)
+    num_ranks = config_module.parse_backend(config.actor.backend).world_size
+    train, valid = _stores(config)
+    free = machine.free_bytes_of_rank(num_ranks, on_cuda=bool(config.cluster.n_gpus_per_node))
+    tokens = _tokens(config, shape, train, num_ranks, free)
+    needed = step_bytes(shape, config, num_ranks=num_ranks, tokens=tokens["largest_micro_batch"])
+    found: dict[str, Any] = {
+        "model": {"path": config.actor.path, "params": shape.params, "dtype": config.actor.dtype},
+        "ranks": num_ranks,
+        "device": "cuda" if config.cluster.n_gpus_per_node else "cpu",
+        "memory": {**needed, "total": sum(needed.values()), "free": free},
+        "tokens": tokens,
+        "time": None,
+        "disk": None,
+        "problems": [],
+    }
+    if found["memory"]["total"] > free:
+        found["problems"].append(_memory_problem(config, shape, found))
+    elif probe and train is not None:
+        found["time"] = _time(config, shape, folder, found, train, valid)
+    found["disk"] = _disk(config, shape, found, train, valid)
+    if found["disk"]["total"] > found["disk"]["free"]:
+        found["problems"].append(_disk_problem(config, found["disk"]))
+    return found
+
+
+def refuse(found: dict[str, Any]) -> None:
+    """Raises UserError when the run of an estimate does not fit, naming the numbers and a setting that does."""
+    if found["problems"]:
+        raise UserError("; ".join(found["problems"]))
+
+
+def model_folder(path: str) -> Path:
+    """The folder with a model's config.json: built-in, local, or from the hub's cache.
+
+    Raises:
+        UserError: it is nowhere to be had.
+    """
+    folder = Path(builtin.ensure(path)).expanduser()
+    if (folder / "config.json").is_file():
+        return folder
+    from huggingface_hub import hf_hub_download
+
+    from dpo_kit.system.hub import cache_only_when_unreachable
+
+    try:
+        with cache_only_when_unreachable():
+            return Path(hf_hub_download(path, "config.json")).parent
+    except Exception as error:
+        raise UserError(
+            f"actor.path = {path!r}: its config.json is neither in a local folder nor given by the hub"
+            f" ({type(error).__name__}); download the model, or give a folder with config.json"
+        ) from error
+
+
+def _shape(path: str, folder: Path) -> Shape:
+    made = config_in_effect(folder)
+    try:
+        return Shape.of(made)
+    except (KeyError, ValueError) as error:
+        what = f"no {error.args[0]}" if isinstance(error, KeyError) else f"a size that is none ({error})"
+        raise UserError(
+            f"actor.path = {path!r}: its config.json has {what}, so its size is not known;"
+            " llama, qwen2, qwen3 and mistral models can be estimated"
+        ) from error
+
+
+def _stores(config: Config) -> tuple[PairStore | None, PairStore | None]:
+    """The pair stores of training and validation; None where the data are on the hub."""
+    stores: list[PairStore | None] = []
+    for split, section in (("train", config.train_dataset), ("valid", config.valid_dataset)):
+        path = section and (section.path or config.train_dataset.path)
+        is_local = path and (path == "sample" or Path(path).expanduser().exists())
+        stores.append(dataset.build(config, split) if is_local else None)
+    return stores[0], stores[1]
+
+
+# --- tokens ---------------------------------------------------------------------------------------------------
+
+
+def _tokens(
+    config: Config, shape: Shape, store: PairStore | None, num_ranks: int, free: int
+) -> dict[str, Any]:
+    bound = micro_batch_bound(config, shape, num_ranks, free)
+    if store is None:
+        return {"pairs": None, "largest_micro_batch": bound, "bound": bound}
+    num_steps = steps.num_steps(config, len(store))
+    planned = _planned(config, len(store), num_steps)
+    lengths, shares = store.all_lengths(), config.actor.share_prompt
+    costs = {share: pair_costs(lengths, share) for share in (True, False)}
+    run = costs[shares]
+    work = shape.work(lengths, shares) if num_ranks > 1 else None
+    largest, _ = micro_batch.largest_micro_batch(config, run, num_ranks, bound, work)
+    per_rank, num_micro_batches = [], []
+    for rows in planned:
+        plan = plan_step(run[rows].tolist(), num_ranks, bound, None if work is None else work[rows].tolist())
+        sizes = [[int(sum(run[rows[i]] for i in members)) for members in rank] for rank in plan]
+        per_rank.append(max(map(sum, sizes)))
+        num_micro_batches.append(len(plan[0]))
+    return {
+        "pairs": len(store),
+        "steps": num_steps,
+        "shared_per_step": float(np.mean([costs[True][rows].sum() for rows in planned])),
+        "unshared_per_step": float(np.mean([costs[False][rows].sum() for rows in planned])),
+        "busiest_rank_per_step": float(np.mean(per_rank)),
+        "micro_batches_per_step": float(np.mean(num_micro_batches)),
+        "largest_micro_batch": largest,
+        "longest_pair": int(run.max()),
+        "bound": bound,
+    }
+
+
+def micro_batch_bound(config: Config, shape: Shape, num_ranks: int, free: int) -> int:
+    """Tokens of a training micro-batch at most; `auto` is what fits, as engine/micro_batch settles it."""
+    given = [config.actor.mb_spec.max_tokens_per_mb]
+    if config.ref.logps == "online":
+        given.append(config.ref.mb_spec.max_tokens_per_mb)
+    most = micro_batch.CUDA_TOKENS if config.cluster.n_gpus_per_node else micro_batch.CPU_TOKENS
+    fitting = tokens_that_fit(shape, config, num_ranks=num_ranks, free_bytes=free)
+    auto = max(1, min(most, fitting))
+    return min(auto if tokens == "auto" else int(tokens) for tokens in given)
+
+
+def _planned(config: Config, num_pairs: int, num_steps: int) -> list[np.ndarray]:
+    """Rows of every step, or of `PLANNED_STEPS` spread over the run."""
+    steps = np.unique(np.linspace(1, num_steps, min(num_steps, PLANNED_STEPS)).astype(int))
+    return [schedule.step_rows(config, num_pairs, int(step)) for step in steps]
+
+
+# --- time -----------------------------------------------------------------------------------------------------
+
+
+def _time(
+    config: Config,
+    shape: Shape,
+    folder: Path,
+    found: dict[str, Any],
+    train: PairStore,
+    valid: PairStore | None,
+) -> dict[str, Any]:
+    """Seconds by part of the run, and of one step."""
+    from dpo_kit.tools import probe
+
+    tokens, device, num_ranks = found["tokens"], found["device"], found["ranks"]
+    costs = pair_costs(train.all_lengths(), config.actor.share_prompt)
+    plan = _probed(config, costs, tokens, num_ranks)
+    seconds = probe.measure(config, str(folder), train, plan)
+    layers = shape.layers
+    probed = max(sum(costs[r] for members in rank for r in members) for rank in plan)
+    forward = (seconds["forward"] + layers * seconds["block_forward"]) / probed
+    backward = (seconds["backward"] + layers * seconds["block_backward"]) / probed
+    online = config.ref.logps == "online"
+    step = (forward * (2 if online else 1) + backward) * tokens["busiest_rank_per_step"]
+    step += seconds["update"] * shape.params / seconds["params"]
+    to_reference = 0 if online else _missing_tokens(config, train, valid)
+    valid_tokens = (
+        0 if valid is None else int(pair_costs(valid.all_lengths(), config.actor.share_prompt).sum())
+    )
+    num_evaluations = _num_evaluations(config, tokens, step)
+    weights = shape.params * DTYPE_BYTES[config.actor.dtype]
+    parts = {
+        "start": START_S[device] + 4 * shape.params / WRITE_BYTES_PER_S,
+        "reference_pass": forward * to_reference / num_ranks,
+        "training": step * tokens["steps"],
+        "evaluations": num_evaluations * forward * valid_tokens / num_ranks,
+        "exports": _num_exports(config, tokens, step) * weights / WRITE_BYTES_PER_S,
+        "samples": _samples_s(config, shape, valid, device),
+    }
+    return {**parts, "step": step, "evaluations_count": num_evaluations, "total": sum(parts.values())}
+
+
+def _probed(
+    config: Config, costs: np.ndarray, tokens: dict[str, Any], num_ranks: int
+) -> list[list[list[int]]]:
+    """The micro-batches to try: the first ones of the step that is closest to the mean."""
+    steps = _planned(config, len(costs), tokens["steps"])
+    rows = min(steps, key=lambda rows: abs(costs[rows].sum() - np.mean([costs[r].sum() for r in steps])))
+    plan = plan_step([int(costs[r]) for r in rows], num_ranks, tokens["bound"])
+    return [[[int(rows[i]) for i in members] for members in rank[:PROBED_MICRO_BATCHES]] for rank in plan]
+
+
+def _missing_tokens(config: Config, train: PairStore, valid: PairStore | None) -> int:
+    """Tokens of the pairs of the run that the reference's cache does not hold."""
+    root = Path(config.cluster.fileroot)
+    mark = fingerprint(builtin.ensure(config.ref.path), known_hashes(root))
+    share = config.actor.share_prompt
+    cache = reference.cache_folder(root, mark, config.ref.dtype, "shared" if share else "unshared")
+    missing = 0
+    for store, rows in ((train, schedule.rows_of_run(config, len(train))), (valid, None)):
+        if store is not None:
+            rows = np.arange(len(store)) if rows is None else rows
+            found = reference.lookup(cache, reference.pair_keys(store, rows))[1]
+            missing += int(pair_costs(store.all_lengths(), share)[rows[~found]].sum())
+    return missing
+
+
+def _due(freq: Any, tokens: dict[str, Any], config: Config, step_s: float) -> int:
+    """How often a section with `freq_*` comes due over the run, the last step left out."""
+    num_steps = tokens["steps"]
+    per_epoch = steps.steps_per_epoch(config, tokens["pairs"])
+    before_last = num_steps - 1
+    times = set()
+    if freq.freq_steps:
+        times |= set(range(freq.freq_steps, before_last + 1, freq.freq_steps))
+    if freq.freq_epochs:
+        times |= set(range(freq.freq_epochs * per_epoch, before_last + 1, freq.freq_epochs * per_epoch))
+    by_clock = int(step_s * num_steps / freq.freq_secs) if freq.freq_secs else 0
+    return len(times) + by_clock
+
+
+def _num_evaluations(config: Config, tokens: dict[str, Any], step_s: float) -> int:
+    if config.valid_dataset is None:
+        return 0
+    return 1 + int(config.evaluator.before_training) + _due(config.evaluator, tokens, config, step_s)
+
+
+def _num_exports(config: Config, tokens: dict[str, Any], step_s: float) -> int:
+    """`model/`, `exports/best/`, and those of `saver`."""
+    return 1 + int(config.saver.best) + _due(config.saver, tokens, config, step_s)
+
+
+def _samples_s(config: Config, shape: Shape, valid: PairStore | None, device: str) -> float:
+    """Answers of reference and policy; one token of a batch reads all weights once."""
+    if valid is None or not config.evaluator.num_samples:
+        return 0.0
+    num_prompts = min(config.evaluator.num_samples, len(valid))
+    token_s = shape.layers * LAYER_S
+    token_s += shape.params * DTYPE_BYTES[config.actor.dtype] / READ_BYTES_PER_S[device]
+    return 2 * -(-num_prompts // SAMPLES_BATCH) * config.evaluator.max_new_tokens * token_s
+
+
+# --- disk -----------------------------------------------------------------------------------------------------
+
+
+def _disk(
+    config: Config, shape: Shape, found: dict[str, Any], train: PairStore | None, valid: PairStore | None
+) -> dict[str, int]:
+    """Bytes that the run adds below `cluster.fileroot`, by part, and what is free there."""
+    root, tokens = Path(config.cluster.fileroot), found["tokens"]
+    stores = [store for store in (train, valid) if store is not None]
+    step_s = found["time"]["step"] if found["time"] else 0.0
+    weights = shape.params * DTYPE_BYTES[config.actor.dtype]
+    known = tokens["pairs"] is not None
+    exports = _num_exports(config, tokens, step_s) if known else 1
+    checkpoints = checkpoints_at_once(config, _due(config.recover, tokens, config, step_s) if known else None)
+    evaluations = _num_evaluations(config, tokens, step_s) if known else 0
+    num_pairs = sum(map(len, stores))
+    num_valid = len(valid) if valid is not None else 0
+    parts = {
+        "pair_store": sum(f.stat().st_size for store in stores for f in store.path.iterdir()),
+        "reference_cache": 0 if config.ref.logps == "online" else CACHE_BYTES * num_pairs,
+        "exports": exports * weights,
+        "checkpoints": checkpoints * checkpoint_bytes(shape, config),
+        "records": tokens.get("steps", 0) * METRICS_BYTES + evaluations * num_valid * EVALUATION_BYTES,
+    }
+    return {**parts, "total": sum(parts.values()), "free": machine.free_disk(root)}
+
+
+def _disk_problem(config: Config, disk: dict[str, int]) -> str:
+    return (
+        f"the run writes {_gib(disk['total'])} below cluster.fileroot = {config.cluster.fileroot} and"
+        f" {_gib(disk['free'])} are free there ({_gib(disk['exports'])} of it exports, {_gib(disk['checkpoints'])}"
+        " checkpoints); use saver.freq_steps=null saver.freq_epochs=null, or another cluster.fileroot"
+    )
+
+
+# --- what fits ------------------------------------------------------------------------------------------------
+
+
+def _memory_problem(config: Config, shape: Shape, found: dict[str, Any]) -> str:
+    needed, tokens, num_ranks = found["memory"], found["tokens"], found["ranks"]
+    longest = tokens.get("longest_pair") or 1
+    where = f"{num_ranks} CPU rank{'s' * (num_ranks > 1)}" if found["device"] == "cpu" else "each device"
+    times = num_ranks if found["device"] == "cpu" else 1
+    return (
+        f"a step with {tokens['largest_micro_batch']} tokens a micro-batch needs {_gib(times * needed['total'])} on"
+        f" {where}, and {_gib(times * needed['free'])} are free; "
+        + remedy(shape, config, num_ranks=num_ranks, free_bytes=needed["free"], longest=longest)
+    )
+
+
+# --- the table ------------------------------------------------------------------------------------------------
+
+
+def text(found: dict[str, Any]) -> str:
+    """The estimate as a table; the last line says `fits`, or what does not."""
+    model, tokens = found["model"], found["tokens"]
+    lines = [
+        f"{model['path']}: {model['params'] / 1e6:,.1f} M parameters, {model['dtype']},"
+        f" {found['ranks']} {found['device'].upper()} rank{'s' * (found['ranks'] > 1)}",
+        "",
+        *_rows("memory a rank", found["memory"], _gib),
+        *_rows("tokens", {k: v for k, v in tokens.items() if v is not None}, lambda v: f"{v:,.0f}"),
+        *_rows("time", found["time"] or {}, _seconds),
+        *_rows("disk", found["disk"], _gib),
+    ]
+    if tokens["pairs"] is None:
+        lines.append("the training data are not on this machine: full micro-batches assumed, no times")
+    elif not found["time"]:
+        lines.append("no times: not probed")
+    return "\n".join([*lines, "", "; ".join(found["problems"]) or "fits"])
+
+
+def _rows(title: str, values: dict[str, Any], show: Any) -> list[str]:
+    lines = []
+    for i, (name, value) in enumerate(values.items()):
+        told = f"{value:,.0f}" if name.endswith("count") else show(value)
+        lines.append(f"{title if i == 0 else '':14}  {name.replace('_', ' '):24}{told:>14}")
+    return lines
+
+
+def _gib(value: float) -> str:
+    return f"{value / GIB:,.2f} GiB" if value >= GIB / 100 else f"{value / 2**20:,.2f} MiB"
+
+
+def _seconds(value: float) -> str:
+    return (
+        f"{value:,.1f} s"
+        if value < 120
+        else f"{value / 60:,.1f} min"
+        if value < 7200
+        else f"{value / 3600:,.1f} h"
+    )

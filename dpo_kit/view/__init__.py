@@ -1,0 +1,1 @@
+"""Run folders to text, tables and HTML. No torch."""

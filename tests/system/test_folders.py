@@ -1,0 +1,212 @@
+"""Folders that are whole or not there, whatever happens while they are written."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dpo_kit.records import checkpoints
+from dpo_kit.system import folders, machine
+
+NAMES = ("a.bin", "b.bin", ".metadata", "inner/c.bin")
+
+
+def write(folder: Path, step: int) -> Path:
+    """A checkpoint whose content follows from its step."""
+    target = folder / f"step-{step}"
+    staged = folders.stage(target)
+    (staged / "inner").mkdir()
+    for name in NAMES:
+        (staged / name).write_bytes(f"{name} of {step}".encode() * 1000)
+    folders.seal(staged, target, folders.hashes(staged, folders.file_names(staged)))
+    return target
+
+
+def test_what_was_written_is_whole(tmp_path):
+    target = write(tmp_path, 3)
+    assert folders.damage(target) == ""
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-3"]
+    assert folders.file_names(target) == sorted(NAMES)
+    assert checkpoints.newest(tmp_path) == (3, [])
+
+
+@pytest.mark.parametrize("name", [*NAMES, folders.COMMIT])
+@pytest.mark.parametrize("at", [0, 0.5, -1])
+def test_a_flipped_byte_is_found_in_every_file(tmp_path, name, at):
+    write(tmp_path, 1)
+    file = write(tmp_path, 2) / name
+    content = bytearray(file.read_bytes())
+    content[at if at == -1 else int(at * len(content))] ^= 1
+    file.write_bytes(content)
+    step, told = checkpoints.newest(tmp_path)
+    assert step == 1
+    assert len(told) == 1
+    assert "step-2 is damaged" in told[0]
+    assert name in told[0]
+
+
+@pytest.mark.parametrize("name", [*NAMES, folders.COMMIT])
+@pytest.mark.parametrize("how", ["cut", "gone"])
+def test_cut_and_missing_files_are_found(tmp_path, name, how):
+    file = write(tmp_path, 2) / name
+    if how == "gone":
+        file.unlink()
+    else:
+        os.truncate(file, file.stat().st_size - 1)
+    assert name in folders.damage(tmp_path / "step-2")
+    assert checkpoints.newest(tmp_path)[0] is None
+
+
+def test_a_file_that_a_browser_added_is_no_damage(tmp_path):
+    (write(tmp_path, 2) / ".DS_Store").write_bytes(b"x")
+    assert folders.damage(tmp_path / "step-2") == ""
+
+
+def test_ranks_share_the_reading(tmp_path):
+    file = write(tmp_path, 2) / "b.bin"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + b"?")
+    problems = [folders.damage(tmp_path / "step-2", part, 2) for part in range(2)]
+    assert sorted(map(bool, problems)) == [False, True]
+
+
+def test_the_newest_stay_and_removing_twice_changes_nothing(tmp_path):
+    for step in (1, 2, 10, 9):
+        write(tmp_path, step)
+    assert checkpoints.steps(tmp_path) == [1, 2, 9, 10]
+    assert checkpoints.retain(tmp_path, 2, 10) == [2, 1]
+    assert checkpoints.retain(tmp_path, 2, 10) == []
+    assert checkpoints.steps(tmp_path) == [9, 10]
+    assert checkpoints.retain(tmp_path, 0, 10) == [9]  # the last one is never removed
+
+
+def test_a_damaged_one_does_not_count_as_one_that_stays(tmp_path):
+    for step in (1, 2, 3):
+        write(tmp_path, step)
+    (tmp_path / "step-3" / "a.bin").unlink()
+    assert checkpoints.retain(tmp_path, 1, 3) == [1]
+    assert checkpoints.newest(tmp_path)[0] == 2
+
+
+def test_later_ones_that_were_passed_over_do_not_push_out_what_was_written_now(tmp_path):
+    """Bits flipped in step 8, which sizes do not show: the run went on from 4 and wrote 5."""
+    for step in (4, 8, 5):
+        write(tmp_path, step)
+    (tmp_path / "step-8" / "a.bin").write_bytes((tmp_path / "step-8" / "a.bin").read_bytes()[::-1] + b"")
+    assert checkpoints.retain(tmp_path, 1, 5) == [8, 4]
+    assert checkpoints.newest(tmp_path) == (5, [])
+    assert checkpoints.retain(tmp_path, 1, 5) == []
+
+
+def test_a_checkpoint_that_somebody_else_removed_is_removed(tmp_path):
+    folders.discard(tmp_path / "step-3")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("files", [[1], {"a": 1}, {"a": {"size": 1}}, None])
+def test_a_commit_file_that_says_something_else_is_damage(tmp_path, files):
+    target = write(tmp_path, 2)
+    text = json.dumps({"files": files}) + "\n"
+    (target / folders.COMMIT).write_bytes(folders._commit_text(text))
+    assert "COMMIT.json cannot be read" in folders.damage(target)
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path):
+    for content in ("old", "new"):
+        with folders.replaced(tmp_path / "model") as part:
+            (part / "a.txt").write_text(content)
+
+    def fail():
+        with folders.replaced(tmp_path / "model") as part:
+            (part / "a.txt").write_text("half")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert (tmp_path / "model" / "a.txt").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+    "killed", ["while it wrote", "between the renames", "before the old one was removed"]
+)
+def test_what_a_kill_left_of_a_replacement_is_mended(tmp_path, killed):
+    with folders.replaced(tmp_path / "model") as part:
+        (part / "a.txt").write_text("old")
+    if killed != "before the old one was removed":
+        (tmp_path / ".model-7.part").mkdir()
+    else:
+        (tmp_path / ".model-7.old").mkdir()
+    if killed == "between the renames":
+        (tmp_path / "model").rename(tmp_path / ".model-7.old")
+    folders.mend(tmp_path)
+    assert (tmp_path / "model" / "a.txt").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_damaged_one_makes_room_for_the_same_step(tmp_path):
+    target = write(tmp_path, 2)
+    (target / "a.bin").write_bytes(b"")
+    write(tmp_path, 2)
+    assert folders.damage(target) == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["step-2"]
+
+
+def test_what_killed_writers_left_is_swept(tmp_path):
+    (tmp_path / ".tmp-step-4-1").mkdir()
+    (tmp_path / ".trash-step-1-1").mkdir()
+    assert checkpoints.steps(tmp_path) == []
+    write(tmp_path, 5)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-5"]
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from dpo_kit.records import checkpoints
+from tests.system.test_folders import write
+folder = Path(sys.argv[1])
+for step in range(int(sys.argv[2]), 10_000):
+    write(folder, step)
+    checkpoints.retain(folder, 2, step)
+    print(step, flush=True)
+"""
+
+
+def test_a_killed_writer_leaves_the_last_acknowledged_checkpoint(tmp_path):
+    rng, last = random.Random(5), 0
+    for _ in range(8):
+        command = [sys.executable, "-c", WRITER, str(tmp_path), str(last + 1)]
+        writer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert writer.stdout is not None
+        writer.stdout.readline()
+        time.sleep(rng.uniform(0, 0.2))
+        writer.send_signal(signal.SIGKILL)
+        said = writer.stdout.read().split("\n")
+        writer.wait()
+        writer.stdout.close()
+        acknowledged = max([int(line) for line in said[:-1] if line], default=last + 1)
+        step, told = checkpoints.newest(tmp_path)
+        assert told == []
+        assert step is not None
+        assert step >= acknowledged
+        for name in NAMES:
+            assert (tmp_path / f"step-{step}" / name).read_bytes() == f"{name} of {step}".encode() * 1000
+        last = step
+
+
+def test_sizes_count_every_file(tmp_path):
+    target = write(tmp_path, 1)
+    expected = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
+    assert machine.size_of(target) == expected
+    shutil.rmtree(target)
+    assert machine.size_of(target) == 0
