@@ -6,7 +6,7 @@ Deliberately not here: the losses themselves (losses).
 from __future__ import annotations
 
 LOSS_TYPES = ("sigmoid", "ipo", "hinge", "robust", "sigmoid_norm")
-SMOOTHED = ("sigmoid", "robust")
+SMOOTHED = ("sigmoid", "robust")  # label_smoothing has a meaning in these
 NEEDS_LENGTHS = ("ipo", "sigmoid_norm")
 
 

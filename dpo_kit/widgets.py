@@ -15,8 +15,8 @@ from typing import Any
 
 from dpo_kit import plots, sweep
 from dpo_kit.config import Config, read_list
-from dpo_kit.config.schema import LOSS_TYPES
 from dpo_kit.errors import UserError
+from dpo_kit.loss_types import LOSS_TYPES
 from dpo_kit.supervise import headless
 from dpo_kit.view import html
 

@@ -12,10 +12,10 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from dpo_kit.config import schema
 from dpo_kit.config.schema import Config
 from dpo_kit.config.values import show
 from dpo_kit.errors import ConfigError
+from dpo_kit.loss_types import SMOOTHED
 from dpo_kit.redaction import found_in
 
 
@@ -92,15 +92,14 @@ def _secrets(config: Config, fine: Fine) -> Iterator[str]:
 
 def _loss(config: Config, fine: Fine) -> Iterator[str]:
     actor = config.actor
-    smoothed = schema.SMOOTHED_LOSS_TYPES
     if (
         fine("actor.loss_type", "actor.label_smoothing")
         and actor.label_smoothing
-        and actor.loss_type not in smoothed
+        and actor.loss_type not in SMOOTHED
     ):
         yield (
             f"actor.label_smoothing = {actor.label_smoothing} has no meaning for actor.loss_type = "
-            f"{actor.loss_type!r}; use 0, or a loss_type of {' or '.join(smoothed)}"
+            f"{actor.loss_type!r}; use 0, or a loss_type of {' or '.join(SMOOTHED)}"
         )
 
 

@@ -16,9 +16,8 @@ from typing import Any, get_args, get_type_hints
 from omegaconf import MISSING
 
 from dpo_kit.config import elsewhere
+from dpo_kit.loss_types import LOSS_TYPES
 
-LOSS_TYPES = ("sigmoid", "ipo", "hinge", "robust", "sigmoid_norm")
-SMOOTHED_LOSS_TYPES = ("sigmoid", "robust")  # the losses in which label_smoothing has a meaning
 DTYPES = ("bfloat16", "float32", "float64")
 
 

@@ -220,9 +220,10 @@ def _longer(plan: _Plan, report: dict[str, Any]) -> str:
 
 def _positions(model: str) -> int | None:
     """How many positions a model has, where it is local and its config.json says so."""
-    folder = Path(builtin.ensure(model) if builtin.cached(model) else model)
     try:
-        found = json.loads((folder / "config.json").read_text("utf-8")).get("max_position_embeddings")
+        found = json.loads((builtin.at_hand(model) / "config.json").read_text("utf-8")).get(
+            "max_position_embeddings"
+        )
     except (OSError, ValueError, AttributeError):
         return None
     return found if isinstance(found, int) else None

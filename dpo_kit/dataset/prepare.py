@@ -118,7 +118,7 @@ def fingerprints(config: Config, stores: dict[str, Any]) -> dict[str, Any]:
     return {
         **{split: None if store is None else store.fingerprint for split, store in stores.items()},
         "weights": {
-            name: model_folder.fingerprint(builtin.ensure(path), known)
+            name: model_folder.fingerprint(path, known)
             for name, path in (("actor", config.actor.path), ("ref", config.ref.path))
         },
     }
@@ -126,7 +126,7 @@ def fingerprints(config: Config, stores: dict[str, Any]) -> dict[str, Any]:
 
 def _inspect(config: Config, stores: dict[str, Any]) -> Iterator[Finding]:
     """The checks that every run makes; for a reader of its figures."""
-    made = model_folder.read_config(model_folder.snapshot(builtin.ensure(config.actor.path)))
+    made = model_folder.read_config(model_folder.snapshot(config.actor.path))
     yield from inspection.settings(config, made)
     yield from inspection.pairs(stores["train"], stores["valid"])
     own = builtin.load_tokenizer(config.actor.path) if config.tokenizer_path != config.actor.path else None
@@ -145,7 +145,7 @@ def check_models(config: Config) -> None:
     problems = []
     for field, path in _weights(config).items():
         try:
-            pair_model.check(model_folder.snapshot(builtin.ensure(path)))
+            pair_model.check(model_folder.snapshot(path))
         except UserError as error:
             problems.append(f"{field}: {error}")
     if problems:
@@ -168,9 +168,7 @@ def check_tokenizers(config: Config) -> None:
     last = max(own, key=lambda token: own[token])
     problems = []
     for field, path in _weights(config).items():
-        rows = getattr(
-            pair_model.text_config(model_folder.snapshot(builtin.ensure(path))), "vocab_size", None
-        )
+        rows = getattr(pair_model.text_config(model_folder.snapshot(path)), "vocab_size", None)
         if rows is not None and own[last] >= rows:
             problems.append(
                 f"tokenizer_path = {config.tokenizer_path!r} has token ids up to {own[last]} ({last!r}), and the"
@@ -189,9 +187,7 @@ def check_values(config: Config, progress: model_folder.Progress = lambda done, 
     """
     for field, path in _weights(config).items():
         try:
-            model_folder.fingerprint(
-                builtin.ensure(path), model_folder.known_hashes(config.cluster.fileroot), progress
-            )
+            model_folder.fingerprint(path, model_folder.known_hashes(config.cluster.fileroot), progress)
         except UserError as error:
             raise ConfigError([f"{field}: {error}"]) from None
 
@@ -209,7 +205,7 @@ def check_lengths(config: Config, stores: dict[str, PairStore | None]) -> None:
 
     problems = []
     for field, path in _weights(config).items():
-        most = pair_model.positions(pair_model.text_config(model_folder.snapshot(builtin.ensure(path))))
+        most = pair_model.positions(pair_model.text_config(model_folder.snapshot(path)))
         for split, store in stores.items():
             longest = 0 if store is None else int(store.all_lengths()[:, 1:].max())
             if most is not None and longest > most:

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
@@ -90,11 +89,10 @@ def save(
 
     try:
         _together(world, begin)
-        if world.size > 1:
-            dist.broadcast_object_list(names, 0)
+        names[0] = world.of_main(names[0])
         for act in (write, write_rank, read):
             _together(world, act)
-        for part in gathered(world, found):
+        for part in world.gather(found):
             found.update(part)
         _together(world, seal)
     except _Failed as failed:
@@ -129,7 +127,7 @@ def newest(checkpoints: Path, world: World) -> tuple[int | None, list[str]]:
     """
 
     def damage(folder: Path) -> str:
-        problems = gathered(world, folders.damage(folder, world.rank, world.size))
+        problems = world.gather(folders.damage(folder, world.rank, world.size))
         return next((problem for problem in problems if problem), "")
 
     return records_checkpoints.newest(checkpoints, damage)
@@ -201,18 +199,10 @@ def _together(world: World, act: Callable[[], None]) -> None:
         problem = next((str(cause) for cause, _ in error.failures.values()), str(error))
     except Exception as error:  # whatever it is (safetensors has errors of its own): the others must not wait
         problem = str(error) or type(error).__name__
-    problems = gathered(world, problem)
+    problems = world.gather(problem)
     if any(problems):
         rank = next(rank for rank, text in enumerate(problems) if text)
         raise _Failed(f"rank {rank}: {' '.join(problems[rank].split())[:200]}")
-
-
-def gathered(world: World, value: Any) -> list[Any]:
-    """A JSON-like value of every rank, by rank; a collective."""
-    found = [value] * world.size
-    if world.size > 1:
-        dist.all_gather_object(found, value)
-    return found
 
 
 def _why_not_saved(folder: Path, cause: str, policy: nn.Module, optimizer: torch.optim.Optimizer) -> str:
@@ -307,6 +297,6 @@ class Keeper:
         config, content = self.state.config, self._identity()
         total = steps.num_steps(config, len(self.state.train))
         problem = resuming.refusal(self.run_dir, at, config, content, total=total)
-        problems = gathered(self.state.world, problem)
+        problems = self.state.world.gather(problem)
         if any(problems):
             raise UserError(next(text for text in problems if text))

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from dpo_kit.config.steps import num_steps, steps_per_epoch
@@ -53,7 +52,7 @@ def train(
     """
     config, world, num_pairs = engine.config, engine.world, len(engine.train)
     total, per_epoch = num_steps(config, num_pairs), steps_per_epoch(config, num_pairs)
-    optimizer = optimizer or make_optimizer(engine)
+    optimizer = optimizer or make_optimizer(engine.policy, config.actor.optimizer)
     if engine.valid is not None and (owes_evaluation if done else config.evaluator.before_training):
         at_reference = engine.policy_is_reference and not done
         hooks.evaluated(done, *evaluate(engine, at_reference=at_reference))
@@ -160,9 +159,7 @@ def _rows_at_fault(engine: Engine, batches: Sequence[MicroBatch]) -> dict[str, s
         for side, logps in sides.items():
             broken = ~torch.isfinite(torch.stack(logps)).all(0) & counts
             found[side] |= {row for row, is_so in zip(batch.sources, broken.tolist(), strict=True) if is_so}
-    shares: list[Any] = [found] * engine.world.size
-    if engine.world.size > 1:
-        dist.all_gather_object(shares, found)
+    shares = engine.world.gather(found)
     return {side: set().union(*(share[side] for share in shares)) for side in found}
 
 
@@ -179,13 +176,12 @@ def check_first_step(engine: Engine, record: dict[str, Any], gaps: Tensor) -> No
     check = config.ref.first_step_check
     if not engine.policy_is_reference or not config.actor.disable_dropout or check == "off":
         return
-    largest, (_, total, tokens) = gaps[:1].clone(), world.sum(gaps).tolist()
-    if world.size > 1:
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
+    largest = max(world.gather(float(gaps[0])))
+    _, total, tokens = world.sum(gaps).tolist()
     if DTYPES[config.actor.dtype] == torch.bfloat16:
         figure, allowed, unit = total / max(tokens, 1), FIRST_STEP_NATS_PER_TOKEN_BF16, "nats a token, mean"
     else:
-        figure, allowed, unit = float(largest), FIRST_STEP_NATS, "nats a response, largest"
+        figure, allowed, unit = largest, FIRST_STEP_NATS, "nats a response, largest"
     expected = loss_at_reference(config.actor.loss_type, config.actor.beta)
     text = (
         f"first step: loss {record['dpo/loss']:.6f}, expected {expected:.6f} while policy = reference; "

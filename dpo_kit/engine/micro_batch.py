@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -159,13 +158,13 @@ def settle(
     most = CUDA_TOKENS if on_cuda else CPU_TOKENS
     if shape is not None:
         most = min(most, tokens_that_fit(shape, config, num_ranks=world.size, free_bytes=free))
-    estimate = _least(world, max(longest, most))
+    estimate = min(world.gather(max(longest, most)))
     asked = {name: getattr(config, name).mb_spec.max_tokens_per_mb for name in budget.SECTIONS}
     numbers = {name: estimate if word == "auto" else int(word) for name, word in asked.items()}
     halvings = before.get("halvings", [])
     if halvings:
         numbers = {name: before[name] for name in budget.SECTIONS}
-    largest, _ = largest_micro_batch(config, costs, world.size, numbers["actor"], work)
+    largest, _ = largest_micro_batch(config, costs, world.dp_size, numbers["actor"], work)
     return {
         **numbers,
         "source": {name: "estimated" if word == "auto" else "config" for name, word in asked.items()},
@@ -182,14 +181,6 @@ def describe(made: dict[str, Any]) -> str:
     halvings = len(made["halvings"])
     after = f", after {halvings} halving{'s' if halvings > 1 else ''}" if halvings else ""
     return f"micro-batches: {', '.join(parts)}{after}; the longest pair has {made['longest_pair']:,}"
-
-
-def _least(world: World, number: int) -> int:
-    """The least of the ranks' numbers. A collective (on the CPU)."""
-    least = torch.tensor(number)
-    if world.size > 1:
-        dist.all_reduce(least, dist.ReduceOp.MIN)
-    return int(least)
 
 
 def measured(
@@ -298,7 +289,7 @@ def settle_budget(run_dir: Path, state: Engine, free: int) -> None:
     config, world = state.config, state.world
     shape, lengths, share = state.policy.shape, state.train.all_lengths(), state.shares(state.policy)
     costs = packing.pair_costs(lengths, share)
-    work = shape.work(lengths, share) if shape is not None and world.size > 1 else None
+    work = shape.work(lengths, share) if shape is not None and world.dp_size > 1 else None
     on_cuda = world.device.type == "cuda"
     before = budget.read(run_dir)
     made = settle(
@@ -306,7 +297,7 @@ def settle_budget(run_dir: Path, state: Engine, free: int) -> None:
     )
     _write_budget(run_dir, world, made)
     if on_cuda and config.actor.mb_spec.max_tokens_per_mb == "auto":
-        made = measured(made, config, costs, world.size, _trial(state, shape, made), work)
+        made = measured(made, config, costs, world.dp_size, _trial(state, shape, made), work)
         _write_budget(run_dir, world, made)
     state.actor_tokens, state.ref_tokens = made["actor"], made["ref"]
     if world.is_main:

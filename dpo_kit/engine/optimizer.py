@@ -1,4 +1,4 @@
-"""AdamW with its two states in bfloat16: 4 bytes a parameter instead of 8.
+"""AdamW, its update, and an AdamW whose two states are bfloat16: 4 bytes a parameter instead of 8.
 
 Rounding to nearest would freeze the second moment: with beta2 = 0.999 a step moves it by about a thousandth, and
 neighbouring bfloat16 numbers are 4 to 8 thousandths apart. So both states are rounded up or down at random, in
@@ -11,11 +11,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from dpo_kit.engine.state import Engine
-from dpo_kit.model.parallel import masters
+from dpo_kit.config.schema import OptimizerConfig
+from dpo_kit.model.parallel import grad_norm, masters, publish
 
 
 def round_stochastically(values: Tensor) -> Tensor:
@@ -87,19 +87,42 @@ def _local(tensor: Tensor | None) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-# --- the loop ------------------------------------------------------------------------------------------------
+# --- one update ----------------------------------------------------------------------------------------------
 
 
-def make_optimizer(engine: Engine) -> torch.optim.Optimizer:
+def make_optimizer(policy: nn.Module, options: OptimizerConfig) -> torch.optim.Optimizer:
     """AdamW as configured, over the policy's master weights: torch's fused one, or `LeanAdamW`."""
-    o = engine.config.actor.optimizer
-    params = list(masters(engine.policy).values())
-    options: dict[str, Any] = {
-        "lr": o.lr,
-        "betas": (o.beta1, o.beta2),
-        "eps": o.eps,
-        "weight_decay": o.weight_decay,
+    params = list(masters(policy).values())
+    given: dict[str, Any] = {
+        "lr": options.lr,
+        "betas": (options.beta1, options.beta2),
+        "eps": options.eps,
+        "weight_decay": options.weight_decay,
     }
-    if o.state_dtype == "bfloat16":
-        return LeanAdamW(params, **options)
-    return torch.optim.AdamW(params, fused=True, **options)
+    if options.state_dtype == "bfloat16":
+        return LeanAdamW(params, **given)
+    return torch.optim.AdamW(params, fused=True, **given)
+
+
+def update(policy: nn.Module, optimizer: torch.optim.Optimizer, *, lr: float, clip: float) -> Tensor:
+    """Changes the weights by the gradients at hand. Nothing in it waits for the device.
+
+    Args:
+        lr: of this update.
+        clip: largest norm that the gradients keep.
+
+    Returns:
+        The global gradient norm before clipping, a scalar. When it is not finite, no weight and no optimizer state
+        has changed, on any rank.
+    """
+    (group,) = optimizer.param_groups
+    group["lr"] = lr
+    norm = grad_norm(group["params"])
+    if norm.dtype == torch.float64:
+        torch.nn.utils.clip_grads_with_norm_(group["params"], clip, norm)
+    else:  # The optimizer divides by a scale in fp32: no pass over the gradients of its own.
+        optimizer.grad_scale = ((norm + 1e-6) / clip).clamp(min=1.0)  # type: ignore[attr-defined]
+    optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
+    optimizer.step()
+    publish(policy)
+    return norm

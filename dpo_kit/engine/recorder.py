@@ -9,10 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
 from dpo_kit.config import Config
+from dpo_kit.engine import schedule
 from dpo_kit.model.parallel import World
 from dpo_kit.records import findings, metrics, status
 from dpo_kit.records.findings import Finding
@@ -117,20 +115,16 @@ class Recorder:
             atomic_write(self.run_dir / "manifest.json", to_json(made, indent=2))
 
     def due(self, section: str, step: int, steps_per_epoch: int) -> bool:
-        """Whether `saver` or `evaluator` is due after a step; rank 0's clock decides for all ranks."""
+        """Whether `saver`, `evaluator` or `recover` is due after a step; rank 0's clock decides for all ranks."""
         freq = getattr(self.config, section)
-        if freq.freq_steps and step % freq.freq_steps == 0:
-            return True
-        if freq.freq_epochs and step % (freq.freq_epochs * steps_per_epoch) == 0:
+        if schedule.is_due(freq, step, steps_per_epoch):
             return True
         if not freq.freq_secs:
             return False
-        now = torch.tensor(time.time(), dtype=torch.float64)
-        if self.world.size > 1:
-            dist.broadcast(now, 0)
-        due = float(now) >= self.due_at.setdefault(section, float(now) + freq.freq_secs)
+        now = self.world.of_main(time.time())
+        due = now >= self.due_at.setdefault(section, now + freq.freq_secs)
         if due:
-            self.due_at[section] = float(now) + freq.freq_secs
+            self.due_at[section] = now + freq.freq_secs
         return due
 
 

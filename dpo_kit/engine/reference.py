@@ -21,7 +21,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from dpo_kit.engine import schedule, step
@@ -32,7 +31,7 @@ from dpo_kit.engine.state import (
     load_model,
     longest_tokens,
 )
-from dpo_kit.model import builtin, model_folder, pair_model
+from dpo_kit.model import model_folder, pair_model
 from dpo_kit.preferences import PairStore
 from dpo_kit.records.findings import Finding
 
@@ -53,24 +52,21 @@ def prepare_reference(state: Engine, fileroot: Path, train_rows: np.ndarray | No
         The fingerprint of the weights of `actor` and `ref`.
     """
     config, world = state.config, state.world
-    marks = [""] * 2
+    weights = {}
     if world.is_main:
         known = model_folder.known_hashes(fileroot)
-        marks = [
-            model_folder.fingerprint(builtin.ensure(p), known) for p in (config.actor.path, config.ref.path)
-        ]
-    if world.size > 1:
-        dist.broadcast_object_list(marks, 0)
-    weights = dict(zip(("actor", "ref"), marks, strict=True))
-    state.policy_is_reference = marks[0] == marks[1] and config.actor.dtype == config.ref.dtype
+        weights = {
+            name: model_folder.fingerprint(getattr(config, name).path, known) for name in ("actor", "ref")
+        }
+    weights = world.of_main(weights)
+    same = weights["actor"] == weights["ref"]
+    state.policy_is_reference = same and config.actor.dtype == config.ref.dtype
     if config.ref.logps == "online":
         state.ref_model = _load_reference(state)
         return weights
-    unpacked = pair_model.why_unpacked(
-        builtin.ensure(config.ref.path), longest_tokens([state.train, state.valid])
-    )
+    unpacked = pair_model.why_unpacked(config.ref.path, longest_tokens([state.train, state.valid]))
     kernel = "plain" if unpacked else "shared" if config.actor.share_prompt else "unshared"
-    folder = cache_folder(fileroot, marks[1], config.ref.dtype, kernel)
+    folder = cache_folder(fileroot, weights["ref"], config.ref.dtype, kernel)
     if train_rows is None:
         train_rows = schedule.rows_of_run(config, len(state.train))
     needs = [_Need(state, folder, state.train, train_rows)]
@@ -104,16 +100,10 @@ class _Need:
 
     def __init__(self, state: Engine, folder: Path, store: PairStore, rows: np.ndarray):
         self.state, self.folder, self.store, self.rows = state, folder, store, rows
-        world = state.world
-        table = torch.empty(len(rows), 3, dtype=torch.float64)
-        self.keys = np.empty((0, 16), np.uint8)  # of rank 0, who alone reads and writes
-        if world.is_main:
-            self.keys = pair_keys(store, rows)
-            table = torch.from_numpy(np.column_stack(lookup(folder, self.keys)))
-        if world.size > 1:
-            dist.broadcast(table, 0)
-        self.values = table[:, :2].numpy().copy()
-        self.found = table[:, 2].numpy().astype(bool)
+        # Of rank 0, who alone reads and writes.
+        self.keys = pair_keys(store, rows) if state.world.is_main else None
+        held = lookup(folder, self.keys) if self.keys is not None else None
+        self.values, self.found = state.world.of_main(held)
 
     @property
     def num_missing(self) -> int:
@@ -125,12 +115,8 @@ class _Need:
         if not len(held):
             return True
         world = self.state.world
-        chosen = torch.from_numpy(
-            np.random.default_rng().choice(held, min(RECHECKED, len(held)), replace=False)
-        )
-        if world.size > 1:
-            dist.broadcast(chosen, 0)
-        at = np.sort(chosen.numpy())
+        chosen = np.random.default_rng().choice(held, min(RECHECKED, len(held)), replace=False)
+        at = np.sort(world.of_main(chosen))
         again = step.reference_pass(self.state, source, self.store, self.rows[at])
         off = np.abs(again - self.values[at])
         if self.state.config.ref.dtype == "bfloat16":
@@ -161,7 +147,7 @@ class _Need:
                 self.state, source, self.store, self.rows[at], done=done, total=total
             )
             done += len(at)
-            if self.state.world.is_main:
+            if self.keys is not None:
                 add(self.folder, self.keys[at], self.values[at])
         return done
 

@@ -1,4 +1,4 @@
-"""What a run will do, before it does it: how many steps, which pairs in each, which learning rate.
+"""What a run will do, before it does it: which pairs in each step, which learning rate, what comes due when.
 
 Every function depends on nothing but its arguments, so that a step can be asked for by its number: a resumed
 run, another number of ranks and a second run all see the same pairs in the same order.
@@ -41,6 +41,19 @@ def rows_of_run(config: Config, num_pairs: int) -> np.ndarray:
     if steps >= steps_per_epoch(config, num_pairs):
         return np.arange(num_pairs)
     return np.sort(_epoch_order(config, num_pairs, 0)[: steps * config.train_dataset.batch_size])
+
+
+def is_due(section: Any, step: int, per_epoch: int) -> bool:
+    """Whether `freq_steps` or `freq_epochs` of a section fall on a step; `freq_secs` is for a clock to say."""
+    frequencies = (section.freq_steps or 0, (section.freq_epochs or 0) * per_epoch)
+    return any(each and step % each == 0 for each in frequencies)
+
+
+def times_due(section: Any, config: Config, num_pairs: int, step_s: float) -> int:
+    """How often a section comes due over the run, the last step left out, where a step takes `step_s` seconds."""
+    total, per_epoch = num_steps(config, num_pairs), steps_per_epoch(config, num_pairs)
+    by_clock = int(step_s * total / section.freq_secs) if section.freq_secs else 0
+    return sum(is_due(section, step, per_epoch) for step in range(1, total)) + by_clock
 
 
 def _epoch_order(config: Config, num_pairs: int, epoch: int) -> np.ndarray:

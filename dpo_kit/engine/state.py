@@ -8,12 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from dpo_kit.config import Config
-from dpo_kit.model import builtin, pair_model
+from dpo_kit.model import pair_model
 from dpo_kit.model.pair_model import PairModel
 from dpo_kit.model.parallel import DTYPES, World
 from dpo_kit.preferences import PairStore
@@ -61,11 +59,8 @@ class Engine:
 
 
 def raise_if_stopped(engine: Engine) -> None:
-    """Raises `Stopped` on every rank as soon as one was asked to stop. A collective (on the CPU)."""
-    flag = torch.tensor(float(engine.should_stop()))
-    if engine.world.size > 1:
-        dist.all_reduce(flag)
-    if flag > 0:
+    """Raises `Stopped` on every rank as soon as one was asked to stop; a collective."""
+    if any(engine.world.gather(engine.should_stop())):
         raise Stopped
 
 
@@ -85,7 +80,7 @@ def load_model(
 ) -> pair_model.PairModel:
     """The policy or the reference of a run, ready to score its pairs."""
     loaded = pair_model.load(
-        builtin.ensure(path),
+        path,
         world,
         dtype=DTYPES[dtype],
         trainable=trainable,
@@ -94,7 +89,7 @@ def load_model(
         compiled=config.actor.compile,
     )
     if not loaded.packed and world.is_main:
-        why = pair_model.why_unpacked(builtin.ensure(path), longest_tokens(stores))
+        why = pair_model.why_unpacked(path, longest_tokens(stores))
         print(
             f"{'actor' if trainable else 'ref'}.path: rows are not packed, for {why}; each text runs whole, with the "
             "model's own attention: the same numbers, slower",

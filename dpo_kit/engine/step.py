@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from dpo_kit.engine import state
+from dpo_kit.engine.optimizer import update
 from dpo_kit.engine.state import CPU_FORWARD_TOKENS, Engine
 from dpo_kit.losses import implicit_rewards, preference_loss
 from dpo_kit.model.packing import MicroBatch, pack, pair_costs, plan_step, response_sums
 from dpo_kit.model.pair_model import PairModel
-from dpo_kit.model.parallel import grad_norm, publish
 from dpo_kit.preferences import PairStore
 from dpo_kit.records import metrics
 from dpo_kit.records.metrics import TIE_NATS
@@ -47,8 +47,9 @@ def micro_batches(
     """
     share, world = engine.shares(*(models or (engine.policy, engine.ref_model))), engine.world
     lengths, shape = store.lengths_of(rows), engine.policy.shape
-    work = shape.work(lengths, share).tolist() if shape is not None and world.size > 1 else None
-    for members in plan_step(pair_costs(lengths, share).tolist(), world.size, max_tokens, work)[world.rank]:
+    work = shape.work(lengths, share).tolist() if shape is not None and world.dp_size > 1 else None
+    plan = plan_step(pair_costs(lengths, share).tolist(), world.dp_size, max_tokens, work)
+    for members in plan[world.dp_rank]:
         picked = [int(rows[i]) for i in members] or [int(rows[0])]
         weights = [1.0] * len(members) or [0.0]
         yield pack([store.pair(r) for r in picked], picked, share=share, weights=weights).to(world.device)
@@ -107,9 +108,8 @@ def train_step(
         num_pairs: of the step, over all ranks.
 
     Returns:
-        Sums over this rank's pairs (12,); the global gradient norm before clipping, a scalar; and this rank's
-        gaps (see `gaps_of`, (3,)). When the norm is not finite, no weight and no optimizer state has changed,
-        on any rank.
+        Sums over this rank's pairs (12,); the gradient norm as `update` gives it; and this rank's gaps (see
+        `gaps_of`, (3,)).
     """
     optimizer.zero_grad(set_to_none=True)
     gaps = torch.zeros(3, dtype=torch.float64, device=engine.world.device)
@@ -121,19 +121,8 @@ def train_step(
         ((terms["loss"] * batch.weights).sum() / num_pairs).backward()
         sums += sums_of(batch, policy, ref, terms)
         gaps = gaps_of(batch, policy, ref, gaps)
-    params = [p for g in optimizer.param_groups for p in g["params"]]
-    norm = grad_norm(params)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
     clip = engine.config.actor.optimizer.gradient_clipping
-    if norm.dtype == torch.float64:
-        torch.nn.utils.clip_grads_with_norm_(params, clip, norm)
-    else:  # The optimizer divides by a scale in fp32: no pass over the gradients of its own.
-        optimizer.grad_scale = ((norm + 1e-6) / clip).clamp(min=1.0)  # type: ignore[attr-defined]
-    optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
-    optimizer.step()
-    publish(engine.policy)
-    return sums, norm, gaps
+    return sums, update(engine.policy, optimizer, lr=lr, clip=clip), gaps
 
 
 @torch.no_grad()
@@ -212,7 +201,7 @@ def _chunked(
     tokens = done = 0
     for i in [*np.argsort(-costs, kind="stable").tolist(), None]:
         cost = 0 if i is None else int(costs[i])
-        if group and (i is None or tokens + cost > max_tokens * engine.world.size):
+        if group and (i is None or tokens + cost > max_tokens * engine.world.dp_size):
             state.raise_if_stopped(engine)
             done += len(group)
             for batch in micro_batches(engine, store, np.asarray(group), max_tokens, *models):

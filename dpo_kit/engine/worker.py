@@ -79,11 +79,11 @@ def _run(run_dir: Path, config: Config, world: World, recorder: Recorder, should
     recorder.write_weights(reference.prepare_reference(state, Path(config.cluster.fileroot)))
     for finding in reference.swapped_columns(train, state.ref_train):
         recorder.found(finding)
-    optimizer = make_optimizer(state)
+    optimizer = make_optimizer(state.policy, config.actor.optimizer)
     keeper = Keeper(run_dir, state, optimizer, recorder)
     facts = keeper.resume()
     recorder.resume(facts["step"], owes_evaluation=facts["owes_evaluation"])
-    tokenizer = builtin.load_tokenizer(builtin.ensure(config.tokenizer_path or config.actor.path))
+    tokenizer = builtin.load_tokenizer(config.tokenizer_path or config.actor.path)
     end_token_id = int(train.pair(0).chosen_ids[-1])
     dtype = DTYPES[config.actor.dtype]
 

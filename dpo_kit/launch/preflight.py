@@ -84,9 +84,8 @@ def _not_whole(field: str, folder: Path) -> list[str]:
 
 def _shape(config: Config) -> Shape | None:
     """The policy's sizes; None where they are not known yet, or of a kind that the ranks refuse."""
-    folder = builtin.ensure(config.actor.path) if builtin.cached(config.actor.path) else config.actor.path
     try:
-        return Shape.of(model_folder.config_in_effect(Path(folder)))
+        return Shape.of(model_folder.config_in_effect(builtin.at_hand(config.actor.path)))
     except (OSError, ValueError, KeyError):
         return None
 
@@ -202,12 +201,8 @@ def _other_tokenizer(config: Config) -> list[str]:
 
 def _vocabulary(path: str) -> dict[str, int] | None:
     """Token -> id of a folder's tokenizer.json; None when that is not to be had at once."""
-    if path in builtin.NAMES:
-        if not builtin.cached(path):
-            return None
-        path = builtin.ensure(path)
     try:
-        tokenizer: Any = json.loads((Path(path) / "tokenizer.json").read_text("utf-8"))
+        tokenizer: Any = json.loads((builtin.at_hand(path) / "tokenizer.json").read_text("utf-8"))
         vocabulary = tokenizer["model"]["vocab"]
         if not isinstance(vocabulary, dict):  # Unigram: a list of [token, score]
             vocabulary = {token: index for index, (token, _) in enumerate(vocabulary)}

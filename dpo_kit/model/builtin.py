@@ -77,6 +77,11 @@ def cached(name: str) -> bool:
     return name in NAMES and _complete(cache_dir() / _FOLDERS[name])
 
 
+def at_hand(name_or_path: str) -> Path:
+    """Where a model lies, or would: nothing is made for a built-in name that is not in the cache yet."""
+    return Path(ensure(name_or_path) if cached(name_or_path) else name_or_path)
+
+
 def ensure(name_or_path: str, progress: Progress | None = None) -> str:
     """Turn a built-in name into a local folder; anything else comes back unchanged.
 

@@ -5,7 +5,7 @@ names; other safetensors beside them are none of the model's. A header gives eac
 place in the file, in milliseconds whatever the size.
 
 Deliberately not here: whether the weights are the model that config.json describes (`pair_model.check`), loading them
-(`pair_model`), built-in names (`builtin`).
+(`pair_model`), how a built-in model is made (`builtin`).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_kit.errors import UserError
+from dpo_kit.model import builtin
 from dpo_kit.system import hub
 from dpo_kit.system.files import atomic_write, read_json
 
@@ -61,11 +62,12 @@ class Weight:
 
 
 def snapshot(path: str) -> Path:
-    """The local folder of a model: a folder as it is, a hub id through the hub's cache.
+    """The local folder of a model: a built-in name's, a folder as it is, a hub id through the hub's cache.
 
     Raises:
         UserError: no such folder and the hub cannot be reached or does not know it.
     """
+    path = builtin.ensure(path)
     return Path(path) if Path(path).is_dir() else _fetched(path)
 
 

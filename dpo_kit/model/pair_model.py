@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_kit.errors import UserError
-from dpo_kit.model import attention, blocks, model_folder
+from dpo_kit.model import attention, blocks, builtin, model_folder
 from dpo_kit.model.costs import Shape
 from dpo_kit.model.logprobs import LogprobHead, logps_of_logits
 from dpo_kit.model.packing import MicroBatch
@@ -84,7 +84,7 @@ def why_unpacked(path: str, longest_tokens: int) -> str:
     """Why a model cannot be run on packed rows, in words; empty where it can.
 
     Args:
-        path: local folder or hub id.
+        path: local folder, hub id or built-in name.
         longest_tokens: longest text of the data.
     """
     return attention.unsupported(_config(model_folder.snapshot(path)), longest_tokens)
@@ -103,7 +103,7 @@ def load(
     """Loads a model for scoring or training, sharded over `world`.
 
     Args:
-        path: local folder or hub id (built-in names are resolved before).
+        path: local folder, hub id or built-in name.
         dtype: what it computes in; a trainable model keeps fp32 masters beside it, a frozen one does not.
         trainable: parameters require gradients.
         gradient_checkpointing: run each block again in the backward instead of keeping its activations;
@@ -129,7 +129,7 @@ def load(
     if compiled:
         blocks.compile_blocks(layers, dynamic=True)
     sides = model_folder.side_files(folder) if trainable and world.is_main else None
-    model = PairModel(lm, packed, path, sides).requires_grad_(trainable)
+    model = PairModel(lm, packed, builtin.ensure(path), sides).requires_grad_(trainable)
     if world.size > 1:
         shard(model, world, dtype)
     if packed:

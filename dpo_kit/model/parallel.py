@@ -33,7 +33,14 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch
 
 @dataclass(frozen=True)
 class World:
-    """This process among the ranks of a run."""
+    """This process among the ranks of a run.
+
+    `rank` of `size` counts all of them: who writes, who fails together, over whom weights are sharded. `dp_rank` of
+    `dp_size` tells whose pairs are whose. Today they are equal; ranks that share a layer would share their pairs.
+
+    Args:
+        mesh: its dimension `dp` holds the data-parallel ranks.
+    """
 
     rank: int
     size: int
@@ -44,11 +51,33 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def dp_rank(self) -> int:
+        return self.mesh["dp"].get_local_rank()
+
+    @property
+    def dp_size(self) -> int:
+        return self.mesh["dp"].size()
+
     def sum(self, values: Tensor) -> Tensor:
-        """Sums a tensor over ranks, in place."""
-        if self.size > 1:
-            dist.all_reduce(values)
+        """Sums what the data-parallel ranks have of their pairs, in place."""
+        if self.dp_size > 1:
+            dist.all_reduce(values, group=self.mesh.get_group("dp"))
         return values
+
+    def gather(self, value: Any) -> list[Any]:
+        """A plain value of every rank, by rank."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def of_main(self, value: Any) -> Any:
+        """A plain value or an array of rank 0, on every rank."""
+        values = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(values, 0)
+        return values[0]
 
     def barrier(self) -> None:
         """Waits for every rank."""

@@ -102,7 +102,7 @@ def _devices(config: Config, report: _Report) -> Config:
 
 def _model_config(config: Config) -> dict[str, Any]:
     try:
-        return model_folder.read_config(model_folder.snapshot(builtin.ensure(config.actor.path)))
+        return model_folder.read_config(model_folder.snapshot(config.actor.path))
     except UserError:
         return {}
 
@@ -164,8 +164,8 @@ def _data(config: Config, report: _Report, bad_rows: str) -> PairStore | None:
         return None
     made = store.report
     report.problems("data", f"{made['kept']} pairs of the first {made['rows']} rows", _rows(store, bad_rows))
-    tokenizer = builtin.load_tokenizer(builtin.ensure(store.tokenizer_path))
-    own = builtin.load_tokenizer(builtin.ensure(config.actor.path))
+    tokenizer = builtin.load_tokenizer(store.tokenizer_path)
+    own = builtin.load_tokenizer(config.actor.path)
     report.problems(
         "text", "responses end once, as the tokenizer ends them", inspection.texts(store, tokenizer, own)
     )
@@ -231,7 +231,7 @@ def _steps(state: Engine, report: _Report) -> None:
     rows = np.arange(min(config.train_dataset.batch_size, len(state.train), 8))
     before = {name: parallel.full_tensor(p).clone() for name, p in parallel.masters(state.policy).items()}
     state.policy.train()
-    loss = _step(state, make_optimizer(state), rows, config.actor.optimizer.lr)
+    loss = _step(state, make_optimizer(state.policy, config.actor.optimizer), rows, config.actor.optimizer.lr)
     expected = loss_at_reference(config.actor.loss_type, config.actor.beta)
     close = abs(loss - expected) <= (1e-3 if config.actor.dtype != "bfloat16" else 3e-2) * max(1.0, expected)
     if state.policy_is_reference:
@@ -265,7 +265,8 @@ def _steps(state: Engine, report: _Report) -> None:
 
 def _overfit(state: Engine, report: _Report) -> None:
     rows = np.argsort(state.train.all_lengths().sum(1), kind="stable")[:OVERFIT_PAIRS]
-    optimizer, lr = make_optimizer(state), max(OVERFIT_LR, state.config.actor.optimizer.lr)
+    options = state.config.actor.optimizer
+    optimizer, lr = make_optimizer(state.policy, options), max(OVERFIT_LR, options.lr)
     losses = [_step(state, optimizer, rows, lr) for _ in range(OVERFIT_STEPS)]
     text = (
         f"loss {losses[0]:.3f} -> {losses[-1]:.3f} in {OVERFIT_STEPS} steps on {len(rows)} pairs at lr {lr:g}"

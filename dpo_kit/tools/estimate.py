@@ -217,14 +217,14 @@ def _time(
     valid_tokens = (
         0 if valid is None else int(pair_costs(valid.all_lengths(), config.actor.share_prompt).sum())
     )
-    num_evaluations = _num_evaluations(config, tokens, step)
+    num_evaluations, num_exports, _ = _counts(config, tokens["pairs"], step)
     weights = shape.params * DTYPE_BYTES[config.actor.dtype]
     parts = {
         "start": START_S[device] + 4 * shape.params / WRITE_BYTES_PER_S,
         "reference_pass": forward * to_reference / num_ranks,
         "training": step * tokens["steps"],
         "evaluations": num_evaluations * forward * valid_tokens / num_ranks,
-        "exports": _num_exports(config, tokens, step) * weights / WRITE_BYTES_PER_S,
+        "exports": num_exports * weights / WRITE_BYTES_PER_S,
         "samples": _samples_s(config, shape, valid, device),
     }
     return {**parts, "step": step, "evaluations_count": num_evaluations, "total": sum(parts.values())}
@@ -243,7 +243,7 @@ def _probed(
 def _missing_tokens(config: Config, train: PairStore, valid: PairStore | None) -> int:
     """Tokens of the pairs of the run that the reference's cache does not hold."""
     root = Path(config.cluster.fileroot)
-    mark = fingerprint(builtin.ensure(config.ref.path), known_hashes(root))
+    mark = fingerprint(config.ref.path, known_hashes(root))
     share = config.actor.share_prompt
     cache = reference.cache_folder(root, mark, config.ref.dtype, "shared" if share else "unshared")
     missing = 0
@@ -255,29 +255,19 @@ def _missing_tokens(config: Config, train: PairStore, valid: PairStore | None) -
     return missing
 
 
-def _due(freq: Any, tokens: dict[str, Any], config: Config, step_s: float) -> int:
-    """How often a section with `freq_*` comes due over the run, the last step left out."""
-    num_steps = tokens["steps"]
-    per_epoch = steps.steps_per_epoch(config, tokens["pairs"])
-    before_last = num_steps - 1
-    times = set()
-    if freq.freq_steps:
-        times |= set(range(freq.freq_steps, before_last + 1, freq.freq_steps))
-    if freq.freq_epochs:
-        times |= set(range(freq.freq_epochs * per_epoch, before_last + 1, freq.freq_epochs * per_epoch))
-    by_clock = int(step_s * num_steps / freq.freq_secs) if freq.freq_secs else 0
-    return len(times) + by_clock
+def _counts(config: Config, num_pairs: int | None, step_s: float) -> tuple[int, int, int | None]:
+    """Evaluations, exports (`model/`, `exports/best/`, those of `saver`) and checkpoints of a run.
 
-
-def _num_evaluations(config: Config, tokens: dict[str, Any], step_s: float) -> int:
-    if config.valid_dataset is None:
-        return 0
-    return 1 + int(config.evaluator.before_training) + _due(config.evaluator, tokens, config, step_s)
-
-
-def _num_exports(config: Config, tokens: dict[str, Any], step_s: float) -> int:
-    """`model/`, `exports/best/`, and those of `saver`."""
-    return 1 + int(config.saver.best) + _due(config.saver, tokens, config, step_s)
+    Without the pairs the first two are the least there can be, and the last is None.
+    """
+    if num_pairs is None:
+        return 0, 1, None
+    evaluations, exports, checkpoints = (
+        schedule.times_due(section, config, num_pairs, step_s)
+        for section in (config.evaluator, config.saver, config.recover)
+    )
+    evaluations = 0 if config.valid_dataset is None else 1 + config.evaluator.before_training + evaluations
+    return evaluations, 1 + config.saver.best + exports, checkpoints
 
 
 def _samples_s(config: Config, shape: Shape, valid: PairStore | None, device: str) -> float:
@@ -301,17 +291,14 @@ def _disk(
     stores = [store for store in (train, valid) if store is not None]
     step_s = found["time"]["step"] if found["time"] else 0.0
     weights = shape.params * DTYPE_BYTES[config.actor.dtype]
-    known = tokens["pairs"] is not None
-    exports = _num_exports(config, tokens, step_s) if known else 1
-    checkpoints = checkpoints_at_once(config, _due(config.recover, tokens, config, step_s) if known else None)
-    evaluations = _num_evaluations(config, tokens, step_s) if known else 0
+    evaluations, exports, checkpoints = _counts(config, tokens["pairs"], step_s)
     num_pairs = sum(map(len, stores))
     num_valid = len(valid) if valid is not None else 0
     parts = {
         "pair_store": sum(f.stat().st_size for store in stores for f in store.path.iterdir()),
         "reference_cache": 0 if config.ref.logps == "online" else CACHE_BYTES * num_pairs,
         "exports": exports * weights,
-        "checkpoints": checkpoints * checkpoint_bytes(shape, config),
+        "checkpoints": checkpoints_at_once(config, checkpoints) * checkpoint_bytes(shape, config),
         "records": tokens.get("steps", 0) * METRICS_BYTES + evaluations * num_valid * EVALUATION_BYTES,
     }
     return {**parts, "total": sum(parts.values()), "free": machine.free_disk(root)}

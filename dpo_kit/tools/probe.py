@@ -22,18 +22,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from dpo_kit import config as config_module
 from dpo_kit.config import Config
 from dpo_kit.engine import state
-from dpo_kit.engine.optimizer import make_optimizer
+from dpo_kit.engine.optimizer import make_optimizer, update
 from dpo_kit.launch.ranks import spawn
 from dpo_kit.losses import preference_loss
 from dpo_kit.model import model_folder, pair_model
 from dpo_kit.model.packing import MicroBatch, pack, response_sums
-from dpo_kit.model.parallel import World, grad_norm, init_world, masters, publish
+from dpo_kit.model.parallel import World, init_world, masters, publish
 from dpo_kit.preferences import PairStore, open_store
 
 NUM_BLOCKS = 3
@@ -84,12 +83,13 @@ def run_rank(tree: dict[str, Any], model_folder: str, store_path: str, plan: lis
     for name, param in masters(policy).items():
         torch.nn.init.constant_(param, 1.0) if "norm" in name else torch.nn.init.normal_(param, std=0.02)
     publish(policy)
-    optimizer = make_optimizer(state.Engine(config, world, policy, store, None))
-    rows = plan[world.rank]
+    optimizer = make_optimizer(policy, config.actor.optimizer)
+    rows = plan[world.dp_rank]
     batches = [_pack(config, store, members or rows[0]).to(world.device) for members in rows]
     clock = Clock(policy, world)
     warm = _passes(config, clock, policy, optimizer, batches, 1)
-    repeats = _agreed(world, min(5, max(2, int(BUDGET_S / sum(warm[0].values())))))
+    # The same on every rank: collectives run in lockstep.
+    repeats = min(world.gather(min(5, max(2, int(BUDGET_S / sum(warm[0].values()))))))
     runs = _passes(config, clock, policy, optimizer, batches, repeats)
     median = {part: float(torch.tensor([run[part] for run in runs]).median()) for part in PARTS}
     num_params = sum(p.numel() for p in optimizer.param_groups[0]["params"])
@@ -123,14 +123,6 @@ def _pack(config: Config, store: PairStore, rows: list[int]) -> MicroBatch:
     return pack([store.pair(r) for r in rows], rows, share=config.actor.share_prompt)
 
 
-def _agreed(world: World, number: int) -> int:
-    """The smallest number of all ranks: collectives run in lockstep."""
-    value = torch.tensor(float(number), device=world.device)
-    if world.size > 1:
-        dist.all_reduce(value, dist.ReduceOp.MIN)
-    return int(value)
-
-
 def _passes(
     config: Config,
     clock: Clock,
@@ -140,7 +132,7 @@ def _passes(
     repeats: int,
 ) -> list[dict[str, float]]:
     """Seconds by part of each repeat: forward and backward of every micro-batch, then one update."""
-    runs = []
+    runs, options = [], config.actor.optimizer
     for _ in range(repeats):
         total = dict.fromkeys(PARTS, 0.0)
         optimizer.zero_grad(set_to_none=True)
@@ -148,11 +140,7 @@ def _passes(
             for part, seconds in _one(config, clock, policy, batch).items():
                 total[part] += seconds
         start = clock.now()
-        norm = grad_norm([p for group in optimizer.param_groups for p in group["params"]])
-        optimizer.grad_scale = norm.clamp(min=1.0).float()
-        optimizer.found_inf = (~torch.isfinite(norm)).float()
-        optimizer.step()
-        publish(policy)
+        update(policy, optimizer, lr=options.lr, clip=options.gradient_clipping)
         total["update"] = clock.now() - start
         runs.append(total)
     return runs

@@ -131,7 +131,7 @@ def answer(
     """Answers of the run's reference and of its newest export, as token ids, under "reference" and "policy"."""
     e = config.evaluator
     models = {
-        "reference": (builtin.ensure(config.ref.path), config.ref.dtype),
+        "reference": (config.ref.path, config.ref.dtype),
         "policy": (str(latest_export(run_dir)), config.actor.dtype),
     }
     found: dict[str, list[list[int]]] = {}
@@ -169,7 +169,7 @@ def write_samples(run_dir: Path) -> int:
     if not picked:
         return 0
     prompts = [ids for ids, _ in picked]
-    tokenizer = builtin.load_tokenizer(builtin.ensure(config.tokenizer_path or config.actor.path))
+    tokenizer = builtin.load_tokenizer(config.tokenizer_path or config.actor.path)
 
     def progress(done: int) -> None:
         status.write_progress(run_dir, phase="samples", done=done, total=2 * len(prompts))
@@ -200,7 +200,7 @@ def ask(run_dir: Path, texts: Sequence[str]) -> list[dict[str, str]]:
     config = config_module.load(run_dir / "config.yaml")
     # In the manifest, because the run may have been copied to where its pair store is not.
     layout = read_json(run_dir / "manifest.json", {}).get("data", {}).get("train", {}).get("layout", RAW)
-    tokenizer = builtin.load_tokenizer(builtin.ensure(config.tokenizer_path or config.actor.path))
+    tokenizer = builtin.load_tokenizer(config.tokenizer_path or config.actor.path)
     prompts = [prompt_ids(tokenizer, layout, text) for text in texts]
     answers = answer(config, run_dir, prompts, end_tokens(run_dir, tokenizer))
     names = ("reference", "policy")

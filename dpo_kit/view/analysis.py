@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from dpo_kit.loss_types import loss_at_reference
 from dpo_kit.records.metrics import TIE_NATS
 
 UNDEFINED = "undefined (all ties)"
@@ -204,11 +205,6 @@ def best_and_worst(scores: Sequence[float], k: int = 3) -> tuple[list[int], list
     return order[:k_best], order[::-1][:k_worst]
 
 
-def first_loss(loss_type: str, beta: float) -> float:
-    """The mean loss while policy = reference: ln 2, ipo (1/2beta)^2, hinge 1."""
-    return {"ipo": (0.5 / beta) ** 2, "hinge": 1.0}.get(loss_type, math.log(2))
-
-
 def training_lines(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The lines of optimizer steps among the records of `metrics.jsonl`."""
     return [r for r in records if "dpo/loss" in r]
@@ -253,7 +249,7 @@ def _last(lines: Sequence[Mapping[str, Any]], key: str, window: int) -> float:
 
 def _read_loss(train: Sequence[Mapping[str, Any]], window: int, loss_type: str, beta: float) -> str:
     expected, first, last = (
-        first_loss(loss_type, beta),
+        loss_at_reference(loss_type, beta),
         train[0]["dpo/loss"],
         _last(train, "dpo/loss", window),
     )

@@ -160,7 +160,7 @@ def _verdict(trained: analysis.Share, rules: Mapping[str, analysis.Share]) -> st
 
 def tokenizer_of(store: PairStore) -> Any:
     """The tokenizer that the pairs of a store were made with."""
-    return builtin.load_tokenizer(builtin.ensure(store.tokenizer_path))
+    return builtin.load_tokenizer(store.tokenizer_path)
 
 
 def _store_folders(run: Run) -> dict[str, str]:

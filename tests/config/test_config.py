@@ -10,6 +10,7 @@ import pytest
 from dpo_kit import config
 from dpo_kit.config import elsewhere, schema
 from dpo_kit.errors import ConfigError
+from dpo_kit.loss_types import LOSS_TYPES
 
 DATA = Path(__file__).parents[1] / "data"
 PARAMS = Path(__file__).parents[2] / "params"
@@ -283,7 +284,7 @@ def test_check_sees_the_devices_that_the_launcher_filled_in():
         config.check(c)
 
 
-@pytest.mark.parametrize("loss_type", schema.LOSS_TYPES)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_label_smoothing_only_where_it_has_a_meaning(loss_type):
     overrides = [f"actor.loss_type={loss_type}", "actor.label_smoothing=0.1"]
     if loss_type in ("sigmoid", "robust"):

@@ -43,7 +43,7 @@ def train_on(folder: str, overrides: tuple[str, ...] = (), *, run: str = "run", 
         world.barrier()
         config = tiny_config(root / "runs", *LENGTH, *overrides)
         state = make_engine(world, config, open_store(root / "pairs"))
-        optimizer = make_optimizer(state)
+        optimizer = make_optimizer(state.policy, config.actor.optimizer)
         (root / run).mkdir(exist_ok=True)
         kept = checkpoint.Keeper(root / run, state, optimizer, Recorder(root / run, config, world))
         facts = kept.resume()

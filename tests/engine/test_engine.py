@@ -114,7 +114,7 @@ def test_numbers_that_are_not_finite_change_no_weight(tmp_path):
     with one_rank() as world:
         config = tiny_config(tmp_path)
         state = make_engine(world, config, store_of(random_pairs(8), tmp_path / "pairs"))
-        optimizer = make_optimizer(state)
+        optimizer = make_optimizer(state.policy, config.actor.optimizer)
         batches = list(micro_batches(state, state.train, range(8), state.max_tokens))
         before = [full_tensor(p).clone() for p in state.policy.parameters()]
         state.ref_train[3, 0] = np.nan
@@ -324,7 +324,7 @@ def test_a_step_never_waits_for_the_device(tmp_path, monkeypatch):
     with one_rank() as world:
         config = tiny_config(tmp_path, "actor.dtype=bfloat16")
         state = make_engine(world, config, store_of(random_pairs(8), tmp_path / "pairs"))
-        optimizer = make_optimizer(state)
+        optimizer = make_optimizer(state.policy, config.actor.optimizer)
         batches = list(micro_batches(state, state.train, range(8), 100))
         assert len(batches) > 1
         state.policy.train()
@@ -343,7 +343,7 @@ def weights_after_two_steps(folder, clip, before_update=lambda params: None):
     with one_rank() as world:
         config = tiny_config(folder, "actor.dtype=float32", f"actor.optimizer.gradient_clipping={clip}")
         state = make_engine(world, config, store_of(random_pairs(8), folder / "pairs"))
-        optimizer = make_optimizer(state)
+        optimizer = make_optimizer(state.policy, config.actor.optimizer)
         optimizer.register_step_pre_hook(lambda o, *_: before_update(o.param_groups[0]["params"]))
         batches = list(micro_batches(state, state.train, range(8), 10_000))
         for _ in range(2):

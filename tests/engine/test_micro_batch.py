@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -77,13 +78,15 @@ def test_halved_numbers_take_the_place_of_the_estimate(make):
     assert make(AUTO, before={"actor": 2048, "ref": 2048, "halvings": []})["actor"] == 4096
 
 
-def test_ranks_agree_on_the_least(ranks):
-    assert ranks.run(least_of_ranks) == [1000, 1000]
+def test_ranks_agree_on_the_least(ranks, tmp_path):
+    assert ranks.run(estimate_of_ranks, str(tmp_path)) == [1500, 1500]
 
 
-def least_of_ranks():
-    world = parallel.init_world(cuda=False)
-    return micro_batch._least(world, 1000 + 500 * world.rank)
+def estimate_of_ranks(folder):
+    world, config = parallel.init_world(cuda=False), tiny_config(Path(folder), AUTO)
+    free = sum(costs.step_bytes(SHAPE, config, num_ranks=2, tokens=1500 + 500 * world.rank).values())
+    options = {"shape": SHAPE, "costs": COSTS, "free": free, "before": {}, "on_cuda": False}
+    return micro_batch.settle(config, world, **options)["actor"]
 
 
 @pytest.mark.parametrize("tokens", [900, 1300, 5000])

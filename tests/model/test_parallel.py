@@ -29,7 +29,7 @@ def trained(folder, dtype, monkeypatch, *, sharded):
             patch.setattr(pair_model, "load", load_sharded)
         state = make_engine(world, config, store_of(random_pairs(8), folder / "pairs"))
         assert any(isinstance(m, parallel.FSDPModule) for m in state.policy.modules()) == sharded
-        optimizer = make_optimizer(state)
+        optimizer = make_optimizer(state.policy, config.actor.optimizer)
         batches = list(step.micro_batches(state, state.train, range(8), 150))
         assert len(batches) == 2
         losses = [float(step.train_step(state, optimizer, batches, 8, 1e-3)[0][1]) for _ in range(4)]

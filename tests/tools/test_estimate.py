@@ -131,14 +131,14 @@ def test_pairs_in_the_cache_are_not_run_again(config, memory_of, probed):
 
 
 def test_how_often_things_come_due(config):
-    tokens = {"steps": 20, "pairs": 40}  # five steps an epoch
-    config.saver.freq_steps = 6
-    assert estimate._num_exports(config, tokens, 1.0) == 1 + 3
+    # 40 pairs: five steps an epoch, 20 in all.
+    config.saver.freq_steps = config.recover.freq_steps = 6
+    assert estimate._counts(config, 40, 1.0) == (0, 1 + 3, 3)
     config.saver.freq_steps, config.saver.freq_epochs = None, 1
-    assert estimate._num_exports(config, tokens, 1.0) == 1 + 3  # after 5, 10, 15; 20 is `model/`
+    assert estimate._counts(config, 40, 1.0)[1] == 1 + 3  # after 5, 10, 15; 20 is `model/`
     config.saver.freq_epochs, config.saver.freq_secs = None, 8
-    assert estimate._num_exports(config, tokens, 2.0) == 1 + 5
-    assert estimate._num_evaluations(config, tokens, 1.0) == 0
+    assert estimate._counts(config, 40, 2.0)[1] == 1 + 5
+    assert estimate._counts(config, None, 2.0) == (0, 1, None)
 
 
 def test_a_real_probe_gives_seconds_for_every_part(tmp_path):
