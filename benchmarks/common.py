@@ -186,23 +186,18 @@ def kit_engine(job: dict[str, Any], store: PairStore, fileroot: Path) -> Iterato
     """The engine of a job as a worker makes it, alone on this machine, and the seconds of its reference pass."""
     import torch
 
-    from dpo_kit.engine import reference
-    from dpo_kit.engine.state import Engine, load_model
-    from dpo_kit.model import pair_model, parallel
+    from dpo_kit.engine import reference, state
+    from dpo_kit.model import parallel
 
     torch.manual_seed(inputs.SEED)
     config = kit_config(job, fileroot)
     with parallel.alone(cuda=has_cuda()) as world:
-        policy = load_model(
-            config, config.actor.path, config.actor.dtype, world, [store, None], trainable=True
-        )
-        pair_model.disable_dropout(policy)
-        tokens = job["max_tokens"]
-        state = Engine(config, world, policy, store, None, actor_tokens=tokens, ref_tokens=tokens)
+        engine = state.build(config, world, store)
+        engine.ref_tokens = job["max_tokens"]
         start = time.perf_counter()
-        reference.prepare_reference(state, fileroot)
+        reference.prepare(engine)
         synchronize()
-        yield state, time.perf_counter() - start
+        yield engine, time.perf_counter() - start
 
 
 def kit_train(state: Any, stepped: Callable[[dict], Any]) -> None:

@@ -9,9 +9,8 @@ import numpy as np
 import torch.distributed as dist
 
 from dpo_kit import config as config_module
-from dpo_kit.engine import loop, reference
-from dpo_kit.engine.state import Engine, load_model
-from dpo_kit.model import pair_model, parallel
+from dpo_kit.engine import loop, reference, state
+from dpo_kit.model import parallel
 from dpo_kit.preferences import Pair, PairStore, arrays_of, longest_common_prefix, open_store, write_store
 
 VOCAB = 200
@@ -79,18 +78,11 @@ def one_rank():
         yield world
 
 
-def make_engine(world, config, train: PairStore, valid: PairStore | None = None) -> Engine:
+def make_engine(world, config, train: PairStore, valid: PairStore | None = None) -> state.Engine:
     """An engine as the worker makes it, the reference included."""
-    policy = load_model(config, config.actor.path, config.actor.dtype, world, [train, valid], trainable=True)
-    if config.actor.disable_dropout:
-        pair_model.disable_dropout(policy)
-    state = Engine(config, world, policy, train=train, valid=valid)
-    for name in ("actor", "ref"):
-        tokens = getattr(config, name).mb_spec.max_tokens_per_mb
-        if tokens != "auto":
-            setattr(state, f"{name}_tokens", tokens)
-    reference.prepare_reference(state, Path(config.cluster.fileroot))
-    return state
+    engine = state.build(config, world, train, valid)
+    reference.prepare(engine)
+    return engine
 
 
 def train_tiny(folder: str, overrides: tuple[str, ...] = (), num_pairs: int = 40) -> list[dict]:
@@ -101,7 +93,7 @@ def train_tiny(folder: str, overrides: tuple[str, ...] = (), num_pairs: int = 40
             store_of(random_pairs(num_pairs), root / "pairs")
         world.barrier()
         config = tiny_config(root / "runs", *overrides)
-        state = make_engine(world, config, open_store(root / "pairs"))
+        engine = make_engine(world, config, open_store(root / "pairs"))
         steps: list[dict] = []
         hooks = loop.Hooks(
             stepped=steps.append,
@@ -109,5 +101,5 @@ def train_tiny(folder: str, overrides: tuple[str, ...] = (), num_pairs: int = 40
             due=lambda *_: False,
             save=lambda _: None,
         )
-        loop.train(state, hooks)
+        loop.train(engine, hooks)
         return steps

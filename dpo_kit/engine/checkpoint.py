@@ -220,14 +220,14 @@ class Keeper:
 
     Args:
         run_dir: the run folder.
-        state: the engine, its models loaded.
+        engine: its models loaded.
         optimizer: of the policy, new.
         recorder: of the run; says what is wrong with checkpoints.
     """
 
-    def __init__(self, run_dir: Path, state: Engine, optimizer: torch.optim.Optimizer, recorder: Recorder):
+    def __init__(self, run_dir: Path, engine: Engine, optimizer: torch.optim.Optimizer, recorder: Recorder):
         self.run_dir, self.recorder = run_dir, recorder
-        self.folder, self.state, self.optimizer = run_dir / "checkpoints", state, optimizer
+        self.folder, self.engine, self.optimizer = run_dir / "checkpoints", engine, optimizer
         self.best = math.inf  # least held-out loss, of `exports/best`
         self.saved = 0  # step of the newest checkpoint that this run wrote or came from
 
@@ -237,10 +237,10 @@ class Keeper:
         Raises:
             UserError: it is of other data, weights or settings, or past the last step; or no one is whole.
         """
-        state = self.state
+        engine = self.engine
         if records_checkpoints.steps(self.folder):
             self.recorder.progress("checkpoint")
-        step, damaged = newest(self.folder, state.world)
+        step, damaged = newest(self.folder, engine.world)
         if step is None:
             # To begin at the first step is right for a run that had no checkpoint, and for no other.
             if lost := resuming.lost(self.run_dir, damaged):
@@ -250,14 +250,14 @@ class Keeper:
             self.recorder.tell(f"{'; '.join(damaged)}; falling back to step-{step}")
         folder = self.folder / f"step-{step}"
         self._check(resuming.at_step(self.run_dir, step))
-        facts = load(folder, state.policy, self.optimizer, state.world)
+        facts = load(folder, engine.policy, self.optimizer, engine.world)
         self.saved = step
         # A fork has no `exports/best` yet, and its losses may be of another kind.
         is_fork = manifest.parent(self.run_dir).get("step") == step
         self.best = math.inf if facts["best"] is None or is_fork else facts["best"]
-        if state.world.is_main:
+        if engine.world.is_main:
             ranks = facts["num_ranks"]
-            other = f", written by {ranks} rank{'s' * (ranks > 1)}" if ranks != state.world.size else ""
+            other = f", written by {ranks} rank{'s' * (ranks > 1)}" if ranks != engine.world.size else ""
             print(f"resumed from checkpoint step-{step}{other}", flush=True)
         return facts
 
@@ -265,9 +265,9 @@ class Keeper:
         """Writes the checkpoint of a step, and removes those that `recover.keep` leaves no room for."""
         if step == self.saved:
             return
-        state = self.state
+        engine = self.engine
         self.recorder.progress("checkpoint")
-        if state.world.is_main:
+        if engine.world.is_main:
             metrics.sync_metrics(self.run_dir)
         facts = {
             "step": step,
@@ -275,28 +275,28 @@ class Keeper:
             "best": None if math.isinf(self.best) else self.best,
             "identity": self._identity(),
         }
-        save(self.folder / f"step-{step}", state.policy, self.optimizer, state.world, facts)
+        save(self.folder / f"step-{step}", engine.policy, self.optimizer, engine.world, facts)
         self.saved = step
-        keep = state.config.recover.keep
-        if keep != "all" and state.world.is_main:
+        keep = engine.config.recover.keep
+        if keep != "all" and engine.world.is_main:
             records_checkpoints.retain(self.folder, int(keep), step)
 
     def _identity(self) -> dict[str, Any]:
-        state = self.state
+        engine = self.engine
         found = {
-            "train": state.train.fingerprint,
-            "valid": state.valid.fingerprint if state.valid is not None else None,
-            "config": config_module.to_tree(state.config),
+            "train": engine.train.fingerprint,
+            "valid": engine.valid.fingerprint if engine.valid is not None else None,
+            "config": config_module.to_tree(engine.config),
         }
-        if state.world.is_main:  # who alone has hashed the weights
+        if engine.world.is_main:  # who alone has hashed the weights
             weights = read_json(self.run_dir / "manifest.json", {}).get("weights", {})
             found["weights"] = {name: made["fingerprint"] for name, made in weights.items()}
         return found
 
     def _check(self, at: resuming.Point) -> None:
-        config, content = self.state.config, self._identity()
-        total = steps.num_steps(config, len(self.state.train))
+        config, content = self.engine.config, self._identity()
+        total = steps.num_steps(config, len(self.engine.train))
         problem = resuming.refusal(self.run_dir, at, config, content, total=total)
-        problems = self.state.world.gather(problem)
+        problems = self.engine.world.gather(problem)
         if any(problems):
             raise UserError(next(text for text in problems if text))

@@ -53,9 +53,10 @@ def train(
     config, world, num_pairs = engine.config, engine.world, len(engine.train)
     total, per_epoch = num_steps(config, num_pairs), steps_per_epoch(config, num_pairs)
     optimizer = optimizer or make_optimizer(engine.policy, config.actor.optimizer)
-    if engine.valid is not None and (owes_evaluation if done else config.evaluator.before_training):
+    valid = engine.valid
+    if valid is not None and (owes_evaluation if done else config.evaluator.before_training):
         at_reference = engine.policy_is_reference and not done
-        hooks.evaluated(done, *evaluate(engine, at_reference=at_reference))
+        hooks.evaluated(done, *evaluate(engine, valid, engine.ref_valid, at_reference=at_reference))
     engine.policy.train()
     if done == total:
         return total
@@ -93,10 +94,10 @@ def train(
         engine.progress("training", step, total, step=step)
         last = step == total
         stopping = values[-1] > 0 and not last
-        owes = engine.valid is not None and (last or hooks.due("evaluator", step, per_epoch))
-        if owes and not stopping:
+        owes = valid is not None and (last or hooks.due("evaluator", step, per_epoch))
+        if valid is not None and owes and not stopping:
             try:
-                hooks.evaluated(step, *evaluate(engine))
+                hooks.evaluated(step, *evaluate(engine, valid, engine.ref_valid))
                 owes = False
             except Stopped:
                 stopping = True

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import gc
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from dpo_kit.config import Config
 from dpo_kit.engine import schedule, step
-from dpo_kit.engine.state import Engine, load_policy
+from dpo_kit.engine.state import CPU_TOKENS, Engine, load_model
 from dpo_kit.errors import UserError
 from dpo_kit.model import packing
 from dpo_kit.model.costs import DTYPE_BYTES, Shape, tokens_that_fit
@@ -34,9 +33,7 @@ from dpo_kit.model.packing import plan_step
 from dpo_kit.model.parallel import World, masters
 from dpo_kit.preferences import PairStore
 from dpo_kit.records import budget, manifest, resuming
-from dpo_kit.system import machine
 
-CPU_TOKENS = 4096
 CUDA_TOKENS = 65536
 # A micro-batch that is as full as this ends the search for the largest one.
 _FULL = 0.99
@@ -91,13 +88,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS)
-
-
-def free_bytes(world: World) -> int:
-    """Memory that this rank may use: its device's, or its part of the machine's. Ask before loading weights."""
-    if world.device.type == "cuda":
-        return torch.cuda.mem_get_info(world.device)[0]
-    return machine.free_host_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
 
 
 def largest_micro_batch(
@@ -279,12 +269,11 @@ def check_micro_batch(config: Config, train: PairStore) -> None:
 # ---------------------------------------------------------------- the budget of micro-batches
 
 
-def settle_budget(run_dir: Path, state: Engine, free: int) -> None:
+def settle_budget(run_dir: Path, state: Engine) -> None:
     """Settles how many tokens a micro-batch may have, tells the engine, and writes it to the run.
 
     Args:
         state: gets `actor_tokens` and `ref_tokens`; on one CUDA rank its policy may be loaded again.
-        free: bytes of this rank before the policy was loaded (`micro_batch.free_bytes`).
     """
     config, world = state.config, state.world
     shape, lengths, share = state.policy.shape, state.train.all_lengths(), state.shares(state.policy)
@@ -293,7 +282,14 @@ def settle_budget(run_dir: Path, state: Engine, free: int) -> None:
     on_cuda = world.device.type == "cuda"
     before = budget.read(run_dir)
     made = settle(
-        config, world, shape=shape, costs=costs, free=free, before=before, on_cuda=on_cuda, work=work
+        config,
+        world,
+        shape=shape,
+        costs=costs,
+        free=state.free_bytes,
+        before=before,
+        on_cuda=on_cuda,
+        work=work,
     )
     _write_budget(run_dir, world, made)
     if on_cuda and config.actor.mb_spec.max_tokens_per_mb == "auto":
@@ -326,7 +322,7 @@ def _trial(state: Engine, shape: Shape | None, made: dict[str, Any]) -> Callable
         if broken:
             gc.collect()
             torch.cuda.empty_cache()
-            state.policy = load_policy(config, world, state.train, state.valid)
+            state.policy = load_model(config, "actor", world, [state.train, state.valid], trainable=True)
         broken = True
         reserve = optimizer_bytes(state.policy, DTYPE_BYTES[config.actor.optimizer.state_dtype])
         if config.ref.logps == "online" and shape is not None:

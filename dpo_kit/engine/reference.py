@@ -40,18 +40,17 @@ SLICES = 20  # of a store; their borders do not depend on what is missing, so ne
 MIN_SLICE = 256  # pairs
 
 
-def prepare_reference(state: Engine, fileroot: Path, train_rows: np.ndarray | None = None) -> dict[str, str]:
+def prepare(engine: Engine, train_rows: np.ndarray | None = None) -> dict[str, str]:
     """Gives the engine its reference: values from the cache, computed where missing, or the resident model.
 
     Args:
-        state: gets `ref_train` and `ref_valid`, or `ref_model`.
-        fileroot: where the cache is.
+        engine: gets `ref_train` and `ref_valid`, or `ref_model`.
         train_rows: of the training store; those that the run trains on when left out.
 
     Returns:
         The fingerprint of the weights of `actor` and `ref`.
     """
-    config, world = state.config, state.world
+    config, world, fileroot = engine.config, engine.world, Path(engine.config.cluster.fileroot)
     weights = {}
     if world.is_main:
         known = model_folder.known_hashes(fileroot)
@@ -60,22 +59,22 @@ def prepare_reference(state: Engine, fileroot: Path, train_rows: np.ndarray | No
         }
     weights = world.of_main(weights)
     same = weights["actor"] == weights["ref"]
-    state.policy_is_reference = same and config.actor.dtype == config.ref.dtype
+    engine.policy_is_reference = same and config.actor.dtype == config.ref.dtype
     if config.ref.logps == "online":
-        state.ref_model = _load_reference(state)
+        engine.ref_model = _load(engine)
         return weights
-    unpacked = pair_model.why_unpacked(config.ref.path, longest_tokens([state.train, state.valid]))
+    unpacked = pair_model.why_unpacked(config.ref.path, longest_tokens([engine.train, engine.valid]))
     kernel = "plain" if unpacked else "shared" if config.actor.share_prompt else "unshared"
     folder = cache_folder(fileroot, weights["ref"], config.ref.dtype, kernel)
     if train_rows is None:
-        train_rows = schedule.rows_of_run(config, len(state.train))
-    needs = [_Need(state, folder, state.train, train_rows)]
-    if state.valid is not None:
-        needs.append(_Need(state, folder, state.valid, np.arange(len(state.valid))))
+        train_rows = schedule.rows_of_run(config, len(engine.train))
+    needs = [_Need(engine, folder, engine.train, train_rows)]
+    if engine.valid is not None:
+        needs.append(_Need(engine, folder, engine.valid, np.arange(len(engine.valid))))
     num_pairs, num_missing = sum(len(need.rows) for need in needs), sum(need.num_missing for need in needs)
     if world.is_main:
         print(f"reference: {num_pairs - num_missing} of {num_pairs} pairs from the cache", flush=True)
-    source = state.policy if state.policy_is_reference else _load_reference(state)
+    source = engine.policy if engine.policy_is_reference else _load(engine)
     source.eval()
     if any(not need.recheck(source) for need in needs):
         num_missing = num_pairs
@@ -86,8 +85,8 @@ def prepare_reference(state: Engine, fileroot: Path, train_rows: np.ndarray | No
     done = 0
     for need in needs:
         done = need.fill(source, done, num_missing)
-    state.ref_train = needs[0].table()
-    state.ref_valid = needs[1].table() if state.valid is not None else None
+    engine.ref_train = needs[0].table()
+    engine.ref_valid = needs[1].table() if engine.valid is not None else None
     return weights
 
 
@@ -98,12 +97,12 @@ class _Need:
     them different gaps to fill.
     """
 
-    def __init__(self, state: Engine, folder: Path, store: PairStore, rows: np.ndarray):
-        self.state, self.folder, self.store, self.rows = state, folder, store, rows
+    def __init__(self, engine: Engine, folder: Path, store: PairStore, rows: np.ndarray):
+        self.engine, self.folder, self.store, self.rows = engine, folder, store, rows
         # Of rank 0, who alone reads and writes.
-        self.keys = pair_keys(store, rows) if state.world.is_main else None
+        self.keys = pair_keys(store, rows) if engine.world.is_main else None
         held = lookup(folder, self.keys) if self.keys is not None else None
-        self.values, self.found = state.world.of_main(held)
+        self.values, self.found = engine.world.of_main(held)
 
     @property
     def num_missing(self) -> int:
@@ -114,12 +113,12 @@ class _Need:
         held = np.flatnonzero(self.found)
         if not len(held):
             return True
-        world = self.state.world
+        world = self.engine.world
         chosen = np.random.default_rng().choice(held, min(RECHECKED, len(held)), replace=False)
         at = np.sort(world.of_main(chosen))
-        again = step.reference_pass(self.state, source, self.store, self.rows[at])
+        again = step.reference_pass(self.engine, source, self.store, self.rows[at])
         off = np.abs(again - self.values[at])
-        if self.state.config.ref.dtype == "bfloat16":
+        if self.engine.config.ref.dtype == "bfloat16":
             off = off / np.maximum(self.store.lengths_of(self.rows[at])[:, 1:], 1)
             allowed, unit = FIRST_STEP_NATS_PER_TOKEN_BF16, "nats a token"
         else:
@@ -144,7 +143,7 @@ class _Need:
             if not len(at):
                 continue
             self.values[at] = step.reference_pass(
-                self.state, source, self.store, self.rows[at], done=done, total=total
+                self.engine, source, self.store, self.rows[at], done=done, total=total
             )
             done += len(at)
             if self.keys is not None:
@@ -155,12 +154,12 @@ class _Need:
         """The values as a table of all rows of the store; NaN where no step needs them."""
         table = np.full((len(self.store), self.values.shape[1]), np.nan)
         table[self.rows] = self.values
-        return torch.from_numpy(table).to(self.state.world.device)
+        return torch.from_numpy(table).to(self.engine.world.device)
 
 
-def _load_reference(state: Engine) -> pair_model.PairModel:
-    c = state.config
-    return load_model(c, c.ref.path, c.ref.dtype, state.world, [state.train, state.valid], trainable=False)
+def _load(engine: Engine) -> pair_model.PairModel:
+    stores = [engine.train, engine.valid]
+    return load_model(engine.config, "ref", engine.world, stores, trainable=False)
 
 
 # With many pairs a small lean is certain and means nothing: swapped columns lean far.

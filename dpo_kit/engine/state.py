@@ -5,9 +5,12 @@ Not here: where those values are kept and made (engine/reference), what is done 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from dpo_kit.config import Config
@@ -16,8 +19,10 @@ from dpo_kit.model.pair_model import PairModel
 from dpo_kit.model.parallel import DTYPES, World
 from dpo_kit.preferences import PairStore
 from dpo_kit.records.findings import Finding
+from dpo_kit.system import machine
 
-CPU_FORWARD_TOKENS = 4096
+# A CPU is at its fastest with 2k to 4k tokens (docs/log.md); more only pushes activations out of its caches.
+CPU_TOKENS = 4096
 FIRST_STEP_NATS = 1e-3
 FIRST_STEP_NATS_PER_TOKEN_BF16 = 1e-2
 
@@ -35,9 +40,10 @@ class Engine:
     policy: PairModel
     train: PairStore
     valid: PairStore | None
-    # Tokens of a micro-batch, settled by `micro_batch`.
-    actor_tokens: int = CPU_FORWARD_TOKENS
-    ref_tokens: int = CPU_FORWARD_TOKENS
+    free_bytes: int  # of this rank, before its weights were loaded
+    # Tokens of a micro-batch.
+    actor_tokens: int
+    ref_tokens: int
     # The reference's log-probs of every row of a store, (rows, 2) float64 on the device, or the resident model.
     ref_train: Tensor | None = None
     ref_valid: Tensor | None = None
@@ -64,37 +70,63 @@ def raise_if_stopped(engine: Engine) -> None:
         raise Stopped
 
 
-def load_policy(
-    config: Config, world: World, train: PairStore, valid: PairStore | None
-) -> pair_model.PairModel:
-    """The policy of a run, ready to be trained."""
-    actor = config.actor
-    policy = load_model(config, actor.path, actor.dtype, world, [train, valid], trainable=True)
-    if actor.disable_dropout:
-        pair_model.disable_dropout(policy)
-    return policy
+def build(
+    config: Config,
+    world: World,
+    train: PairStore,
+    valid: PairStore | None = None,
+    *,
+    trainable: bool = True,
+    **hooks: Any,
+) -> Engine:
+    """An engine with its policy; `micro_batch.settle` makes numbers of `auto`, `reference.prepare` adds the reference.
+
+    Args:
+        trainable: the policy will be trained, not only asked.
+        hooks: `should_stop`, `progress` and `found` of `Engine`.
+    """
+    tokens = (section.mb_spec.max_tokens_per_mb for section in (config.actor, config.ref))
+    actor_tokens, ref_tokens = (CPU_TOKENS if number == "auto" else int(number) for number in tokens)
+    free = free_bytes(world)
+    policy = load_model(config, "actor", world, [train, valid], trainable=trainable)
+    return Engine(config, world, policy, train, valid, free, actor_tokens, ref_tokens, **hooks)
+
+
+def free_bytes(world: World) -> int:
+    """Memory that this rank may use: its device's, or its part of the machine's."""
+    if world.device.type == "cuda":
+        return torch.cuda.mem_get_info(world.device)[0]
+    return machine.free_host_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
 
 
 def load_model(
-    config: Config, path: str, dtype: str, world: World, stores: list[PairStore | None], *, trainable: bool
-) -> pair_model.PairModel:
-    """The policy or the reference of a run, ready to score its pairs."""
+    config: Config, name: str, world: World, stores: list[PairStore | None], *, trainable: bool
+) -> PairModel:
+    """The policy (`actor`) or the reference (`ref`) of a run, ready for its pairs.
+
+    Args:
+        stores: all that it will see.
+        trainable: its weights will be changed.
+    """
+    section, longest = getattr(config, name), longest_tokens(stores)
     loaded = pair_model.load(
-        path,
+        section.path,
         world,
-        dtype=DTYPES[dtype],
+        dtype=DTYPES[section.dtype],
         trainable=trainable,
         gradient_checkpointing=config.actor.gradient_checkpointing,
-        longest_tokens=longest_tokens(stores),
+        longest_tokens=longest,
         compiled=config.actor.compile,
     )
     if not loaded.packed and world.is_main:
-        why = pair_model.why_unpacked(path, longest_tokens(stores))
+        why = pair_model.why_unpacked(section.path, longest)
         print(
-            f"{'actor' if trainable else 'ref'}.path: rows are not packed, for {why}; each text runs whole, with the "
+            f"{name}.path: rows are not packed, for {why}; each text runs whole, with the "
             "model's own attention: the same numbers, slower",
             flush=True,
         )
+    if trainable and config.actor.disable_dropout:
+        pair_model.disable_dropout(loaded)
     return loaded
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dpo_kit.engine import state
 from dpo_kit.engine.optimizer import update
-from dpo_kit.engine.state import CPU_FORWARD_TOKENS, Engine
+from dpo_kit.engine.state import CPU_TOKENS, Engine
 from dpo_kit.losses import implicit_rewards, preference_loss
 from dpo_kit.model.packing import MicroBatch, pack, pair_costs, plan_step, response_sums
 from dpo_kit.model.pair_model import PairModel
@@ -27,8 +27,7 @@ from dpo_kit.records import metrics
 from dpo_kit.records.metrics import TIE_NATS
 
 Rows = Sequence[int] | np.ndarray
-# Forward-only passes keep no activations: larger micro-batches fill a GPU. A CPU is at its fastest with 2k to 4k
-# tokens (docs/log.md); more only pushes activations out of its caches.
+# Forward-only passes keep no activations: larger micro-batches fill a GPU.
 CUDA_FORWARD_FACTOR = 4
 
 
@@ -157,19 +156,18 @@ def reference_pass(
 
 @torch.no_grad()
 def evaluate(
-    engine: Engine, *, at_reference: bool = False
+    engine: Engine, store: PairStore, values: Tensor | None, *, at_reference: bool = False
 ) -> tuple[dict[str, float | None], list[dict[str, Any]]]:
-    """Held-out metrics over all pairs of the validation store, and one record for each pair.
+    """Held-out metrics over all pairs of a store, and one record for each pair.
 
     Args:
+        values: the reference's log-probs of the store's rows; None where it is resident. Shape: (rows, 2)
         at_reference: policy and reference are known to be equal: the reference's values serve for both.
 
     Returns:
         `dpo-eval/*` means with `dpo-eval/num_pairs`, and per pair what `dpo-kit score` prints, in store order;
         both the same on every rank.
     """
-    store, values = engine.valid, engine.ref_valid
-    assert store is not None
     engine.policy.eval()
     sums = torch.zeros(len(metrics.SUMS), dtype=torch.float64, device=engine.world.device)
     table = torch.zeros(len(store), 5, dtype=torch.float64, device=engine.world.device)
@@ -194,7 +192,7 @@ def _chunked(
 ) -> Iterator[tuple[int, MicroBatch]]:
     """Forward-only micro-batches over many rows, with the number of rows done; stops between groups when asked."""
     on_cuda = engine.world.device.type == "cuda"
-    max_tokens = bound * CUDA_FORWARD_FACTOR if on_cuda else min(bound, CPU_FORWARD_TOKENS)
+    max_tokens = bound * CUDA_FORWARD_FACTOR if on_cuda else min(bound, CPU_TOKENS)
     share = engine.shares(*(models or (engine.policy, engine.ref_model)))
     costs = pair_costs(store.lengths_of(rows), share)
     group: list[int] = []

@@ -21,12 +21,12 @@ import torch.distributed as dist
 
 from dpo_kit import config as config_module
 from dpo_kit.config import Config
-from dpo_kit.engine import loop, micro_batch, reference
+from dpo_kit.engine import loop, micro_batch, reference, state
 from dpo_kit.engine.checkpoint import Keeper
 from dpo_kit.engine.loop import Hooks
 from dpo_kit.engine.optimizer import make_optimizer
 from dpo_kit.engine.recorder import Recorder
-from dpo_kit.engine.state import Engine, Stopped, load_policy
+from dpo_kit.engine.state import Stopped
 from dpo_kit.errors import UserError
 from dpo_kit.model import builtin, export
 from dpo_kit.model.parallel import DTYPES, World, init_world
@@ -64,23 +64,14 @@ def _run(run_dir: Path, config: Config, world: World, recorder: Recorder, should
     train = open_store(Path(data["train"]))
     valid = open_store(Path(data["valid"])) if data.get("valid") else None
     micro_batch.check_micro_batch(config, train)
-    free = micro_batch.free_bytes(world)
-    state = Engine(
-        config=config,
-        world=world,
-        policy=load_policy(config, world, train, valid),
-        train=train,
-        valid=valid,
-        should_stop=should_stop,
-        progress=recorder.progress,
-        found=recorder.found,
-    )
-    micro_batch.settle_budget(run_dir, state, free)
-    recorder.write_weights(reference.prepare_reference(state, Path(config.cluster.fileroot)))
-    for finding in reference.swapped_columns(train, state.ref_train):
+    told = {"should_stop": should_stop, "progress": recorder.progress, "found": recorder.found}
+    engine = state.build(config, world, train, valid, **told)
+    micro_batch.settle_budget(run_dir, engine)
+    recorder.write_weights(reference.prepare(engine))
+    for finding in reference.swapped_columns(train, engine.ref_train):
         recorder.found(finding)
-    optimizer = make_optimizer(state.policy, config.actor.optimizer)
-    keeper = Keeper(run_dir, state, optimizer, recorder)
+    optimizer = make_optimizer(engine.policy, config.actor.optimizer)
+    keeper = Keeper(run_dir, engine, optimizer, recorder)
     facts = keeper.resume()
     recorder.resume(facts["step"], owes_evaluation=facts["owes_evaluation"])
     tokenizer = builtin.load_tokenizer(config.tokenizer_path or config.actor.path)
@@ -92,7 +83,7 @@ def _run(run_dir: Path, config: Config, world: World, recorder: Recorder, should
         found = findings.read(run_dir)
         text = export.model_card(config, metrics.readable_metrics(run_dir), found) if world.is_main else ""
         export.write(
-            state.policy, folder, tokenizer, world, dtype=dtype, end_token_id=end_token_id, card=text
+            engine.policy, folder, tokenizer, world, dtype=dtype, end_token_id=end_token_id, card=text
         )
 
     def evaluated(step: int, means: dict[str, Any], pairs: list[dict[str, Any]]) -> None:
@@ -110,7 +101,7 @@ def _run(run_dir: Path, config: Config, world: World, recorder: Recorder, should
     )
     try:
         last = loop.train(
-            state, hooks, optimizer, done=facts["step"], owes_evaluation=facts["owes_evaluation"]
+            engine, hooks, optimizer, done=facts["step"], owes_evaluation=facts["owes_evaluation"]
         )
     finally:
         recorder.flush()

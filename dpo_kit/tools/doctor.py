@@ -22,9 +22,9 @@ from dpo_kit import dataset, launch
 from dpo_kit.config import Config
 from dpo_kit.dataset import inspection, prepare
 from dpo_kit.dataset.pairing import UNUSABLE
-from dpo_kit.engine import reference, step
+from dpo_kit.engine import reference, state, step
 from dpo_kit.engine.optimizer import make_optimizer
-from dpo_kit.engine.state import Engine, load_policy
+from dpo_kit.engine.state import Engine
 from dpo_kit.errors import UserError
 from dpo_kit.launch import preflight
 from dpo_kit.loss_types import loss_at_reference
@@ -149,6 +149,7 @@ def _small(config: Config, folder: Path) -> Config:
     tried.train_dataset.bad_rows, tried.train_dataset.max_dropped_share = "quarantine", 1.0
     tried.cluster.fileroot = str(folder)
     tried.actor.backend = tried.ref.backend = "fsdp:d1p1t1"
+    tried.actor.mb_spec.max_tokens_per_mb = tried.ref.mb_spec.max_tokens_per_mb = "auto"
     tried.ref.first_step_check = "off"
     return tried
 
@@ -211,30 +212,31 @@ def _training(config: Config, store: PairStore, report: _Report) -> None:
         prepare.check_values(config)
         with parallel.alone(cuda=on_cuda) as world:
             torch.manual_seed(config.seed)
-            policy = load_policy(config, world, store, None)
-            state = Engine(config, world, policy, train=store, valid=None)
+            engine = state.build(config, world, store)
             # What a run says of its cache is nobody's concern here.
             with contextlib.redirect_stdout(io.StringIO()):
-                reference.prepare_reference(state, Path(config.cluster.fileroot), np.arange(len(store)))
+                reference.prepare(engine, np.arange(len(store)))
             fine = "the reference does not prefer the rejected answers"
-            report.problems("preference", fine, reference.swapped_columns(store, state.ref_train))
-            _steps(state, report)
+            report.problems("preference", fine, reference.swapped_columns(store, engine.ref_train))
+            _steps(engine, report)
     except UserError as error:
         report.add("training", str(error), "bad")
     except Exception as error:  # this report is where it should be told, whatever it is
         report.add("training", one_line(error), "bad")
 
 
-def _steps(state: Engine, report: _Report) -> None:
+def _steps(engine: Engine, report: _Report) -> None:
     """One step as configured, then a few on four pairs."""
-    config = state.config
-    rows = np.arange(min(config.train_dataset.batch_size, len(state.train), 8))
-    before = {name: parallel.full_tensor(p).clone() for name, p in parallel.masters(state.policy).items()}
-    state.policy.train()
-    loss = _step(state, make_optimizer(state.policy, config.actor.optimizer), rows, config.actor.optimizer.lr)
+    config = engine.config
+    rows = np.arange(min(config.train_dataset.batch_size, len(engine.train), 8))
+    before = {name: parallel.full_tensor(p).clone() for name, p in parallel.masters(engine.policy).items()}
+    engine.policy.train()
+    loss = _step(
+        engine, make_optimizer(engine.policy, config.actor.optimizer), rows, config.actor.optimizer.lr
+    )
     expected = loss_at_reference(config.actor.loss_type, config.actor.beta)
     close = abs(loss - expected) <= (1e-3 if config.actor.dtype != "bfloat16" else 3e-2) * max(1.0, expected)
-    if state.policy_is_reference:
+    if engine.policy_is_reference:
         text = f"the first loss is {loss:.6f}, expected {expected:.6f}"
         why = (
             "; dropout is on"
@@ -244,7 +246,7 @@ def _steps(state: Engine, report: _Report) -> None:
         report.add("first loss", text if close else f"{text}: {why}", "ok" if close else "bad")
     else:
         report.add("first loss", f"{loss:.6f}; the reference is another model")
-    after = {name: parallel.full_tensor(p) for name, p in parallel.masters(state.policy).items()}
+    after = {name: parallel.full_tensor(p) for name, p in parallel.masters(engine.policy).items()}
     still = [name for name, value in before.items() if torch.equal(value, after[name])]
     if still:
         which = (
@@ -260,14 +262,14 @@ def _steps(state: Engine, report: _Report) -> None:
         report.add("one step", f"{which} changed ({why})", "bad")
     else:
         report.add("one step", f"all {len(before)} weights changed")
-    _overfit(state, report)
+    _overfit(engine, report)
 
 
-def _overfit(state: Engine, report: _Report) -> None:
-    rows = np.argsort(state.train.all_lengths().sum(1), kind="stable")[:OVERFIT_PAIRS]
-    options = state.config.actor.optimizer
-    optimizer, lr = make_optimizer(state.policy, options), max(OVERFIT_LR, options.lr)
-    losses = [_step(state, optimizer, rows, lr) for _ in range(OVERFIT_STEPS)]
+def _overfit(engine: Engine, report: _Report) -> None:
+    rows = np.argsort(engine.train.all_lengths().sum(1), kind="stable")[:OVERFIT_PAIRS]
+    options = engine.config.actor.optimizer
+    optimizer, lr = make_optimizer(engine.policy, options), max(OVERFIT_LR, options.lr)
+    losses = [_step(engine, optimizer, rows, lr) for _ in range(OVERFIT_STEPS)]
     text = (
         f"loss {losses[0]:.3f} -> {losses[-1]:.3f} in {OVERFIT_STEPS} steps on {len(rows)} pairs at lr {lr:g}"
     )
@@ -277,7 +279,7 @@ def _overfit(state: Engine, report: _Report) -> None:
         report.add("overfit", f"{text}: it does not learn even these; look at the lines above", "bad")
 
 
-def _step(state: Engine, optimizer: torch.optim.Optimizer, rows: np.ndarray, lr: float) -> float:
-    batches = list(step.micro_batches(state, state.train, rows, state.max_tokens))
-    sums, _, _ = step.train_step(state, optimizer, batches, len(rows), lr)
+def _step(engine: Engine, optimizer: torch.optim.Optimizer, rows: np.ndarray, lr: float) -> float:
+    batches = list(step.micro_batches(engine, engine.train, rows, engine.max_tokens))
+    sums, _, _ = step.train_step(engine, optimizer, batches, len(rows), lr)
     return float(sums[1]) / len(rows)

@@ -19,6 +19,7 @@ from dpo_kit import config as config_module
 from dpo_kit import dataset
 from dpo_kit.config import Config, steps
 from dpo_kit.engine import micro_batch, reference, schedule
+from dpo_kit.engine.state import CPU_TOKENS
 from dpo_kit.errors import UserError
 from dpo_kit.model import builtin
 from dpo_kit.model.costs import (
@@ -176,7 +177,7 @@ def micro_batch_bound(config: Config, shape: Shape, num_ranks: int, free: int) -
     given = [config.actor.mb_spec.max_tokens_per_mb]
     if config.ref.logps == "online":
         given.append(config.ref.mb_spec.max_tokens_per_mb)
-    most = micro_batch.CUDA_TOKENS if config.cluster.n_gpus_per_node else micro_batch.CPU_TOKENS
+    most = micro_batch.CUDA_TOKENS if config.cluster.n_gpus_per_node else CPU_TOKENS
     fitting = tokens_that_fit(shape, config, num_ranks=num_ranks, free_bytes=free)
     auto = max(1, min(most, fitting))
     return min(auto if tokens == "auto" else int(tokens) for tokens in given)

@@ -79,7 +79,8 @@ def run_rank(tree: dict[str, Any], model_folder: str, store_path: str, plan: lis
     store = open_store(Path(store_path))
     with tempfile.TemporaryDirectory() as folder:
         write_small_model(Path(model_folder), Path(folder))
-        policy = state.load_model(config, folder, config.actor.dtype, world, [store], trainable=True)
+        config.actor.path = folder
+        policy = state.load_model(config, "actor", world, [store], trainable=True)
     for name, param in masters(policy).items():
         torch.nn.init.constant_(param, 1.0) if "norm" in name else torch.nn.init.normal_(param, std=0.02)
     publish(policy)

@@ -13,8 +13,7 @@ import torch
 
 from dpo_kit.config import Config
 from dpo_kit.dataset import prepare
-from dpo_kit.engine import reference, step
-from dpo_kit.engine.state import CPU_FORWARD_TOKENS, Engine, load_model
+from dpo_kit.engine import reference, state, step
 from dpo_kit.model.parallel import alone
 from dpo_kit.preferences import PairStore
 from dpo_kit.system.files import atomic_write, to_json
@@ -44,14 +43,8 @@ def score(
     prepare.check_lengths(config, {split: store})
     cuda = torch.cuda.is_available() and config.cluster.n_gpus_per_node != 0
     with alone(cuda=cuda) as world:
-        policy = load_model(config, config.actor.path, config.actor.dtype, world, [store], trainable=False)
-        state = Engine(config, world, policy, train=store, valid=None, progress=progress)
-        state.actor_tokens, state.ref_tokens = (
-            int(tokens) if tokens != "auto" else CPU_FORWARD_TOKENS
-            for tokens in (s.mb_spec.max_tokens_per_mb for s in (config.actor, config.ref))
-        )
-        reference.prepare_reference(state, Path(config.cluster.fileroot), np.arange(len(store)))
-        state.valid, state.ref_valid = store, state.ref_train
-        means, lines = step.evaluate(state)
+        engine = state.build(config, world, store, trainable=False, progress=progress)
+        reference.prepare(engine, np.arange(len(store)))
+        means, lines = step.evaluate(engine, store, engine.ref_train)
     atomic_write(out, "".join(to_json(line) + "\n" for line in lines))
     return means

@@ -241,7 +241,7 @@ def evaluate_tiny(folder, overrides=()):
         world.barrier()
         store = open_store(root / "pairs")
         state = make_engine(world, tiny_config(root / "runs", *overrides), store, store)
-        return evaluate(state)
+        return evaluate(state, store, state.ref_valid)
 
 
 def test_reference_values_come_from_the_cache_whatever_beta_loss_or_lr(tmp_path, capsys):

@@ -80,7 +80,7 @@ def test_activations_are_what_autograd_keeps(tmp_path, dtype, checkpointing):
     rows = list(range(len(store)))
     batch = pack([store.pair(r) for r in rows], rows, share=True)
     with one_rank() as world:
-        policy = state.load_model(config, "tiny-random", dtype, world, [store], trainable=True)
+        policy = state.load_model(config, "actor", world, [store], trainable=True)
         kept = _kept_by_blocks(policy, batch, hidden=checkpointing == "selective")
     tokens = batch.input_ids.shape[1]
     assert costs.kept_bytes(shape, config) == pytest.approx(kept / tokens, rel=0.15)

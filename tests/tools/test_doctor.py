@@ -64,15 +64,15 @@ def test_a_learning_rate_of_zero(tmp_path):
 
 
 def test_frozen_weights(tmp_path, monkeypatch):
-    load = state.load_policy
+    load = state.load_model
 
-    def frozen(*arguments):
-        policy = load(*arguments)
+    def frozen(*arguments, **options):
+        policy = load(*arguments, **options)
         for name, param in policy.named_parameters():
             param.requires_grad_("norm" in name)
         return policy
 
-    monkeypatch.setattr(doctor, "load_policy", frozen)
+    monkeypatch.setattr(state, "load_model", frozen)
     found = examined(tmp_path)
     assert found["one step"].level == "bad"
     assert "weights changed (frozen: lm.model.embed_tokens.weight" in found["one step"].text
@@ -226,7 +226,7 @@ def test_models_that_cannot_be_trained_are_told_in_a_line(tmp_path, maker):
 
 
 def test_an_error_of_any_kind_is_told_in_a_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(doctor, "load_policy", lambda *_: {}["weights"])
+    monkeypatch.setattr(state, "load_model", lambda *_, **__: {}["weights"])
     assert examined(tmp_path)["training"].text == "KeyError: 'weights'"
 
 
