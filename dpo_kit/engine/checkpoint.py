@@ -231,8 +231,8 @@ class Keeper:
         self.best = math.inf  # least held-out loss, of `exports/best`
         self.saved = 0  # step of the newest checkpoint that this run wrote or came from
 
-    def resume(self) -> dict[str, Any]:
-        """Loads the newest whole checkpoint; `step` (0 without any) and `owes_evaluation`.
+    def resume(self) -> tuple[int, bool]:
+        """Loads the newest whole checkpoint: its step (0 without any), and whether an evaluation is owed after it.
 
         Raises:
             UserError: it is of other data, weights or settings, or past the last step; or no one is whole.
@@ -245,7 +245,7 @@ class Keeper:
             # To begin at the first step is right for a run that had no checkpoint, and for no other.
             if lost := resuming.lost(self.run_dir, damaged):
                 raise UserError(lost)
-            return {"step": 0, "owes_evaluation": False}
+            return 0, False
         if damaged:
             self.recorder.tell(f"{'; '.join(damaged)}; falling back to step-{step}")
         folder = self.folder / f"step-{step}"
@@ -259,7 +259,7 @@ class Keeper:
             ranks = facts["num_ranks"]
             other = f", written by {ranks} rank{'s' * (ranks > 1)}" if ranks != engine.world.size else ""
             print(f"resumed from checkpoint step-{step}{other}", flush=True)
-        return facts
+        return step, facts["owes_evaluation"]
 
     def save(self, step: int, owes_evaluation: bool = False) -> None:
         """Writes the checkpoint of a step, and removes those that `recover.keep` leaves no room for."""

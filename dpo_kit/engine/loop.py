@@ -103,10 +103,10 @@ def train(
                 stopping = True
         if stopping:
             hooks.checkpoint(step, owes)
-            hooks.save(step)
+            hooks.save(f"exports/step-{step}")
             raise Stopped
         if not last and hooks.due("saver", step, per_epoch):
-            hooks.save(step)
+            hooks.save(f"exports/step-{step}")
         if hooks.due("recover", step, per_epoch):
             hooks.checkpoint(step, False)
     return total
@@ -114,12 +114,15 @@ def train(
 
 @dataclass
 class Hooks:
-    """What happens around the steps; called on every rank, at the same points."""
+    """What happens around the steps; called on every rank, at the same points.
+
+    `save` writes the weights as they stand to a folder of the run.
+    """
 
     stepped: Callable[[dict[str, Any]], None]
     evaluated: Callable[[int, dict[str, Any], list[dict[str, Any]]], None]
     due: Callable[[str, int, int], bool]
-    save: Callable[[int], None]
+    save: Callable[[str], None]
     checkpoint: Callable[[int, bool], None] = field(default=lambda *_: None)
 
 

@@ -13,19 +13,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from dpo_kit.config import Config
-from dpo_kit.engine import schedule, step
-from dpo_kit.engine.state import CPU_TOKENS, Engine, load_model
+from dpo_kit.engine import schedule, state, step
+from dpo_kit.engine.optimizer import local
+from dpo_kit.engine.state import CPU_TOKENS, Engine
 from dpo_kit.errors import UserError
 from dpo_kit.model import packing
 from dpo_kit.model.costs import DTYPE_BYTES, Shape, tokens_that_fit
@@ -120,35 +119,74 @@ def largest_micro_batch(
     return largest, found
 
 
-def settle(
-    config: Config,
-    world: World,
-    *,
-    shape: Shape | None,
-    costs: np.ndarray,
-    free: int,
-    before: dict[str, Any],
-    on_cuda: bool,
-    work: np.ndarray | None = None,
+def fitting_tokens(
+    config: Config, shape: Shape | None, num_ranks: int, free_bytes: int, *, on_cuda: bool
+) -> int:
+    """Tokens of a micro-batch that `auto` stands for: what fits in a rank's memory, up to what the device likes.
+
+    Args:
+        shape: of the policy; None of a family whose sizes are not known, which gets what the device likes.
+    """
+    most = CUDA_TOKENS if on_cuda else CPU_TOKENS
+    if shape is None:
+        return most
+    return min(most, tokens_that_fit(shape, config, num_ranks=num_ranks, free_bytes=free_bytes))
+
+
+def check(config: Config, train: PairStore) -> None:
+    """Refuses a micro-batch budget that the longest pair does not fit in."""
+    longest = int(packing.pair_costs(train.all_lengths(), config.actor.share_prompt).max())
+    if problem := resuming.micro_batch_problem(config, longest):
+        raise UserError(f"{problem}, or lower train_dataset.max_length = {config.train_dataset.max_length}")
+
+
+# ---------------------------------------------------------------- settling
+
+
+def settle(engine: Engine, run_dir: Path) -> None:
+    """Settles how many tokens a micro-batch may have, tells the engine, and writes it to the run; a collective.
+
+    Args:
+        engine: gets `actor_tokens` and `ref_tokens`; on one CUDA rank its policy may be loaded again.
+    """
+    config, world, shape = engine.config, engine.world, engine.policy.shape
+    lengths, share = engine.train.all_lengths(), engine.shares(engine.policy)
+    costs = packing.pair_costs(lengths, share)
+    work = shape.work(lengths, share) if shape is not None and world.dp_size > 1 else None
+    made = estimated(engine, costs, work, budget.read(run_dir))
+    _write(run_dir, world, made)
+    if world.device.type == "cuda" and config.actor.mb_spec.max_tokens_per_mb == "auto":
+        made = measured(engine, costs, work, made)
+        _write(run_dir, world, made)
+    engine.actor_tokens, engine.ref_tokens = made["actor"], made["ref"]
+    if world.is_main:
+        print(describe(made), flush=True)
+
+
+def _write(run_dir: Path, world: World, made: dict[str, Any]) -> None:
+    if world.is_main:
+        budget.write(run_dir, made)
+        manifest.write_commands(run_dir)
+    world.barrier()
+
+
+def estimated(
+    engine: Engine, costs: np.ndarray, work: np.ndarray | None, before: dict[str, Any]
 ) -> dict[str, Any]:
     """The budget of a run as configured or estimated; the same on every rank. A collective.
 
     Args:
-        shape: of the policy; None of a family whose sizes are not known, which gets what the device likes.
         costs: tokens run for each pair of the training store. Shape: (P,)
-        free: bytes of this rank (`free_bytes`).
-        before: what `budget.read` gives; its numbers stand when it holds halvings.
-        on_cuda: where the ranks run.
         work: as for `largest_micro_batch`.
+        before: what `budget.read` gives; its numbers stand when it holds halvings.
 
     Returns:
         The content of `budget.json` (see records/budget); `source` is `config` or `estimated`.
     """
-    longest = int(costs.max())
-    most = CUDA_TOKENS if on_cuda else CPU_TOKENS
-    if shape is not None:
-        most = min(most, tokens_that_fit(shape, config, num_ranks=world.size, free_bytes=free))
-    estimate = min(world.gather(max(longest, most)))
+    config, world, longest = engine.config, engine.world, int(costs.max())
+    on_cuda = world.device.type == "cuda"
+    fitting = fitting_tokens(config, engine.policy.shape, world.size, engine.free_bytes, on_cuda=on_cuda)
+    estimate = min(world.gather(max(longest, fitting)))
     asked = {name: getattr(config, name).mb_spec.max_tokens_per_mb for name in budget.SECTIONS}
     numbers = {name: estimate if word == "auto" else int(word) for name, word in asked.items()}
     halvings = before.get("halvings", [])
@@ -174,34 +212,32 @@ def describe(made: dict[str, Any]) -> str:
 
 
 def measured(
-    made: dict[str, Any],
-    config: Config,
-    costs: np.ndarray,
-    num_ranks: int,
-    run: Callable[[list[int]], None],
-    work: np.ndarray | None = None,
+    engine: Engine, costs: np.ndarray, work: np.ndarray | None, made: dict[str, Any]
 ) -> dict[str, Any]:
     """The budget after the largest planned micro-batch really ran: halved until it fits.
 
+    FSDP is of no use after an error in mid-pass: a rank alone loads its policy again before the next try. Of
+    several, one may run out of memory while the others wait in a collective: there the error ends the ranks,
+    and the supervisor halves and starts them again.
+
     Args:
-        made: from `settle`; `actor` is `auto`.
-        costs: as for `settle`.
-        run: runs the micro-batch of these rows forward and backward, or raises for want of memory.
-        work: as for `largest_micro_batch`.
+        costs, work: as for `estimated`.
+        made: from `estimated`; `actor` is `auto`.
 
     Raises:
-        OutOfMemory: not even the longest pair fits.
+        OutOfMemory: not even the longest pair fits, or there are other ranks.
     """
-    floor, tokens = made["longest_pair"], made["actor"]
+    world, tokens = engine.world, made["actor"]
     while True:
-        largest, rows = largest_micro_batch(config, costs, num_ranks, tokens, work)
-        failed = _out_of_memory(run, rows)
+        largest, rows = largest_micro_batch(engine.config, costs, world.dp_size, tokens, work)
+        failed = try_out(engine, rows)
         if failed is None:
             break
-        less = budget.half(tokens, floor, largest)
-        if less >= tokens:
-            raise OutOfMemory("measuring", failed, section="actor", tokens={"actor": tokens})
+        less = budget.half(tokens, made["longest_pair"], largest)
+        if less >= tokens or world.size > 1:
+            raise OutOfMemory("measuring", failed, section="actor", tokens={"actor": tokens}) from failed
         tokens = less
+        state.reload_policy(engine)
     source = {**made["source"], "actor": "measured"}
     changed = {"actor": tokens, "source": source, "largest": {**made["largest"], "actor": largest}}
     if made["asked"]["ref"] == "auto":
@@ -210,15 +246,40 @@ def measured(
     return {**made, **changed}
 
 
-def _out_of_memory(run: Callable[[list[int]], None], rows: list[int]) -> BaseException | None:
-    """The error of running out of memory, without the frames that hold the memory; None when it fits."""
+def try_out(engine: Engine, rows: list[int]) -> Exception | None:
+    """Runs these pairs as one micro-batch, beside room for what the first step brings.
+
+    Returns:
+        The error of running out of memory, without the frames that hold the memory; None when it fits.
+    """
     try:
-        run(rows)
+        with leaving_no_trace(engine.policy, first_step_bytes(engine)):
+            run_micro_batch(engine, rows)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         return error.with_traceback(None)
     return None
+
+
+def run_micro_batch(engine: Engine, rows: list[int]) -> None:
+    """Runs pairs as one micro-batch forward and backward, twice: in a step, gradients of earlier ones lie there."""
+    share = engine.shares(engine.policy)
+    batch = packing.pack([engine.train.pair(row) for row in rows], rows, share=share).to(engine.world.device)
+    for _ in range(2):
+        chosen, rejected = step.response_logps(engine.policy, batch)
+        (chosen - rejected).sum().backward()
+
+
+def first_step_bytes(engine: Engine) -> int:
+    """Bytes that come to this rank with the first step only: AdamW's two states, and a resident reference."""
+    config, shape, total = engine.config, engine.policy.shape, 0
+    for weight in map(local, masters(engine.policy).values()):
+        is_wide = weight.dtype == torch.float64  # keeps its states in float64, too
+        total += 2 * weight.numel() * (8 if is_wide else DTYPE_BYTES[config.actor.optimizer.state_dtype])
+    if config.ref.logps == "online" and shape is not None:
+        total += DTYPE_BYTES[config.ref.dtype] * shape.params // engine.world.size
+    return total
 
 
 @contextlib.contextmanager
@@ -244,108 +305,3 @@ def leaving_no_trace(policy: nn.Module, reserve_bytes: int = 0) -> Iterator[None
         if before[1] is not None:
             torch.cuda.set_rng_state(before[1], device)
             torch.cuda.empty_cache()
-
-
-def optimizer_bytes(policy: nn.Module, state_bytes: int = 4) -> int:
-    """Bytes of AdamW's two states of this rank, which come to be with the first step only.
-
-    Args:
-        state_bytes: of one value; a float64 weight keeps its states in float64.
-    """
-    total = 0
-    for parameter in masters(policy).values():
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        total += 2 * local.numel() * (8 if local.dtype == torch.float64 else state_bytes)
-    return total
-
-
-def check_micro_batch(config: Config, train: PairStore) -> None:
-    """Refuses a micro-batch budget that the longest pair does not fit in."""
-    longest = int(packing.pair_costs(train.all_lengths(), config.actor.share_prompt).max())
-    if problem := resuming.micro_batch_problem(config, longest):
-        raise UserError(f"{problem}, or lower train_dataset.max_length = {config.train_dataset.max_length}")
-
-
-# ---------------------------------------------------------------- the budget of micro-batches
-
-
-def settle_budget(run_dir: Path, state: Engine) -> None:
-    """Settles how many tokens a micro-batch may have, tells the engine, and writes it to the run.
-
-    Args:
-        state: gets `actor_tokens` and `ref_tokens`; on one CUDA rank its policy may be loaded again.
-    """
-    config, world = state.config, state.world
-    shape, lengths, share = state.policy.shape, state.train.all_lengths(), state.shares(state.policy)
-    costs = packing.pair_costs(lengths, share)
-    work = shape.work(lengths, share) if shape is not None and world.dp_size > 1 else None
-    on_cuda = world.device.type == "cuda"
-    before = budget.read(run_dir)
-    made = settle(
-        config,
-        world,
-        shape=shape,
-        costs=costs,
-        free=state.free_bytes,
-        before=before,
-        on_cuda=on_cuda,
-        work=work,
-    )
-    _write_budget(run_dir, world, made)
-    if on_cuda and config.actor.mb_spec.max_tokens_per_mb == "auto":
-        made = measured(made, config, costs, world.dp_size, _trial(state, shape, made), work)
-        _write_budget(run_dir, world, made)
-    state.actor_tokens, state.ref_tokens = made["actor"], made["ref"]
-    if world.is_main:
-        print(describe(made), flush=True)
-
-
-def _write_budget(run_dir: Path, world: World, made: dict[str, Any]) -> None:
-    if world.is_main:
-        budget.write(run_dir, made)
-        manifest.write_commands(run_dir)
-    world.barrier()
-
-
-def _trial(state: Engine, shape: Shape | None, made: dict[str, Any]) -> Callable[[list[int]], None]:
-    """What `micro_batch.measured` runs: a micro-batch of these rows, beside room for what the first step brings.
-
-    FSDP is of no use after an error in mid-pass: a rank alone loads its policy again before the next try. Of
-    several, one may run out of memory while the others wait in a collective: there the error ends the ranks,
-    and the supervisor halves and starts them again.
-    """
-    config, world = state.config, state.world
-    broken = False
-
-    def try_rows(rows: list[int]) -> None:
-        nonlocal broken
-        if broken:
-            gc.collect()
-            torch.cuda.empty_cache()
-            state.policy = load_model(config, "actor", world, [state.train, state.valid], trainable=True)
-        broken = True
-        reserve = optimizer_bytes(state.policy, DTYPE_BYTES[config.actor.optimizer.state_dtype])
-        if config.ref.logps == "online" and shape is not None:
-            reserve += DTYPE_BYTES[config.ref.dtype] * shape.params // world.size
-        try:
-            with leaving_no_trace(state.policy, reserve):
-                run_micro_batch(state, rows)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            if world.size > 1:
-                raise OutOfMemory("measuring", error, section="actor", tokens=made) from error
-            del state.policy  # its memory is needed for the next try
-            raise
-        broken = False
-
-    return try_rows
-
-
-def run_micro_batch(state: Engine, rows: list[int]) -> None:
-    """Runs pairs as one micro-batch forward and backward, twice: in a step, gradients of earlier ones lie there."""
-    share = state.shares(state.policy)
-    batch = packing.pack([state.train.pair(row) for row in rows], rows, share=share).to(state.world.device)
-    for _ in range(2):
-        chosen, rejected = step.response_logps(state.policy, batch)
-        (chosen - rejected).sum().backward()

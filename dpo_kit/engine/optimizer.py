@@ -65,7 +65,7 @@ class LeanAdamW(torch.optim.Optimizer):
             state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = torch.zeros_like(param, dtype=torch.bfloat16)
-        weight, grad, m, v = map(_local, (param, param.grad, state["exp_avg"], state["exp_avg_sq"]))
+        weight, grad, m, v = map(local, (param, param.grad, state["exp_avg"], state["exp_avg_sq"]))
         if not weight.numel():
             return
         skip = self.found_inf.bool() if self.found_inf is not None else torch.zeros_like(state["step"]).bool()
@@ -81,7 +81,7 @@ class LeanAdamW(torch.optim.Optimizer):
         v.copy_(torch.where(skip, v, round_stochastically(new_v)))
 
 
-def _local(tensor: Tensor | None) -> Tensor:
+def local(tensor: Tensor | None) -> Tensor:
     """This rank's rows of a tensor that may be sharded; shares its memory."""
     assert tensor is not None
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

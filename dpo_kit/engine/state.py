@@ -5,6 +5,7 @@ Not here: where those values are kept and made (engine/reference), what is done 
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -90,6 +91,15 @@ def build(
     free = free_bytes(world)
     policy = load_model(config, "actor", world, [train, valid], trainable=trainable)
     return Engine(config, world, policy, train, valid, free, actor_tokens, ref_tokens, **hooks)
+
+
+def reload_policy(engine: Engine) -> None:
+    """Loads the policy again, after an error that left it of no use; its memory is given back first."""
+    del engine.policy
+    gc.collect()
+    torch.cuda.empty_cache()
+    stores = [engine.train, engine.valid]
+    engine.policy = load_model(engine.config, "actor", engine.world, stores, trainable=True)
 
 
 def free_bytes(world: World) -> int:

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,31 +24,29 @@ from dpo_kit import config as config_module
 from dpo_kit.config import Config
 from dpo_kit.engine import loop, micro_batch, reference, state
 from dpo_kit.engine.checkpoint import Keeper
-from dpo_kit.engine.loop import Hooks
 from dpo_kit.engine.optimizer import make_optimizer
 from dpo_kit.engine.recorder import Recorder
-from dpo_kit.engine.state import Stopped
+from dpo_kit.engine.state import Engine, Stopped
 from dpo_kit.errors import UserError
 from dpo_kit.model import builtin, export
 from dpo_kit.model.parallel import DTYPES, World, init_world
-from dpo_kit.preferences import open_store
+from dpo_kit.preferences import PairStore, open_store
 from dpo_kit.records import budget, findings, metrics
 from dpo_kit.records.status import write_rank_error
 from dpo_kit.system import processes
 from dpo_kit.system.files import read_json
 
 
-def run(run_dir: Path, world: World, should_stop: Any) -> None:
+def run(run_dir: Path, world: World, should_stop: Callable[[], bool]) -> None:
     """Trains the run of a folder on this rank and exports the model.
 
     Raises:
-        engine.Stopped: a stop was asked for; the weights so far are in `exports/`.
+        Stopped: a stop was asked for; the weights so far are in `exports/`.
         UserError: config, data or numbers do not allow the run.
-        budget.OutOfMemory: memory ran out, of the device or of the host.
+        micro_batch.OutOfMemory: memory ran out, of the device or of the host.
     """
     config = config_module.load(run_dir / "config.yaml")
     recorder = Recorder(run_dir, config, world)
-    recorder.progress("load model")
     try:
         _run(run_dir, config, world, recorder, should_stop)
     except Exception as error:
@@ -57,57 +56,66 @@ def run(run_dir: Path, world: World, should_stop: Any) -> None:
         raise micro_batch.OutOfMemory(recorder.phase, error, step=recorder.step, tokens=settled) from error
 
 
-def _run(run_dir: Path, config: Config, world: World, recorder: Recorder, should_stop: Any) -> None:
+def _run(
+    run_dir: Path, config: Config, world: World, recorder: Recorder, should_stop: Callable[[], bool]
+) -> None:
+    recorder.progress("load model")
     torch.manual_seed(config.seed)
     torch.use_deterministic_algorithms(config.actor.deterministic)
-    data = read_json(run_dir / "data.json")
-    train = open_store(Path(data["train"]))
-    valid = open_store(Path(data["valid"])) if data.get("valid") else None
-    micro_batch.check_micro_batch(config, train)
-    told = {"should_stop": should_stop, "progress": recorder.progress, "found": recorder.found}
+    train, valid = _stores(run_dir)
+    micro_batch.check(config, train)
+    told: dict[str, Any] = {
+        "should_stop": should_stop,
+        "progress": recorder.progress,
+        "found": recorder.found,
+    }
     engine = state.build(config, world, train, valid, **told)
-    micro_batch.settle_budget(run_dir, engine)
+    micro_batch.settle(engine, run_dir)
     recorder.write_weights(reference.prepare(engine))
     for finding in reference.swapped_columns(train, engine.ref_train):
         recorder.found(finding)
     optimizer = make_optimizer(engine.policy, config.actor.optimizer)
     keeper = Keeper(run_dir, engine, optimizer, recorder)
-    facts = keeper.resume()
-    recorder.resume(facts["step"], owes_evaluation=facts["owes_evaluation"])
-    tokenizer = builtin.load_tokenizer(config.tokenizer_path or config.actor.path)
-    end_token_id = int(train.pair(0).chosen_ids[-1])
-    dtype = DTYPES[config.actor.dtype]
+    done, owes_evaluation = keeper.resume()
+    recorder.resume(done, owes_evaluation=owes_evaluation)
+    hooks = _hooks(run_dir, engine, recorder, keeper)
+    try:
+        last = loop.train(engine, hooks, optimizer, done=done, owes_evaluation=owes_evaluation)
+    finally:
+        recorder.flush()
+    if config.recover.keep == "all":
+        keeper.save(last)
+    hooks.save("model")
 
-    def save(folder: Path, phase: str = "checkpoint") -> None:
-        recorder.progress(phase)
-        found = findings.read(run_dir)
-        text = export.model_card(config, metrics.readable_metrics(run_dir), found) if world.is_main else ""
+
+def _stores(run_dir: Path) -> tuple[PairStore, PairStore | None]:
+    data = read_json(run_dir / "data.json")
+    return open_store(Path(data["train"])), open_store(Path(data["valid"])) if data.get("valid") else None
+
+
+def _hooks(run_dir: Path, engine: Engine, recorder: Recorder, keeper: Keeper) -> loop.Hooks:
+    """What is written around the steps."""
+    config, world = engine.config, engine.world
+    tokenizer = builtin.load_tokenizer(config.tokenizer_path or config.actor.path)
+    dtype, end_token_id = DTYPES[config.actor.dtype], int(engine.train.pair(0).chosen_ids[-1])
+
+    def save(name: str) -> None:
+        recorder.progress("export" if name == "model" else "checkpoint")
+        found, card = findings.read(run_dir), ""
+        if world.is_main:
+            card = export.model_card(config, metrics.readable_metrics(run_dir), found)
+        folder = run_dir / name
         export.write(
-            engine.policy, folder, tokenizer, world, dtype=dtype, end_token_id=end_token_id, card=text
+            engine.policy, folder, tokenizer, world, dtype=dtype, end_token_id=end_token_id, card=card
         )
 
     def evaluated(step: int, means: dict[str, Any], pairs: list[dict[str, Any]]) -> None:
         recorder.write_evaluation(step, means, pairs)
         if config.saver.best and step and means["dpo-eval/loss"] < keeper.best:
             keeper.best = means["dpo-eval/loss"]
-            save(run_dir / "exports" / "best")
+            save("exports/best")
 
-    hooks = Hooks(
-        stepped=recorder.record,
-        evaluated=evaluated,
-        due=recorder.due,
-        save=lambda step: save(run_dir / "exports" / f"step-{step}"),
-        checkpoint=keeper.save,
-    )
-    try:
-        last = loop.train(
-            engine, hooks, optimizer, done=facts["step"], owes_evaluation=facts["owes_evaluation"]
-        )
-    finally:
-        recorder.flush()
-    if config.recover.keep == "all":
-        keeper.save(last)
-    save(run_dir / "model", "export")
+    return loop.Hooks(recorder.record, evaluated, recorder.due, save, keeper.save)
 
 
 def main(run_dir: Path) -> int:

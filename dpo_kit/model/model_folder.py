@@ -61,18 +61,21 @@ class Weight:
     end: int
 
 
-def snapshot(path: str) -> Path:
+def snapshot(path: str, *, weights: bool = True) -> Path:
     """The local folder of a model: a built-in name's, a folder as it is, a hub id through the hub's cache.
+
+    Args:
+        weights: fetch them, too, not only the small files.
 
     Raises:
         UserError: no such folder and the hub cannot be reached or does not know it.
     """
     path = builtin.ensure(path)
-    return Path(path) if Path(path).is_dir() else _fetched(path)
+    return Path(path) if Path(path).is_dir() else _fetched(path, weights)
 
 
 @functools.cache
-def _fetched(path: str) -> Path:
+def _fetched(path: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     unreachable = ""
@@ -81,8 +84,9 @@ def _fetched(path: str) -> Path:
             folder = Path(snapshot_download(path, allow_patterns=list(_SMALL), ignore_patterns=["*/*"]))
             # Only what is read: many hold a second copy of their weights under another name.
             index = folder / INDEX
-            weights = (_object(index).get("weight_map") if index.exists() else None) or {"": WEIGHTS}
-            return Path(snapshot_download(path, allow_patterns=sorted(set(weights.values()))))
+            names = (_object(index).get("weight_map") if index.exists() else None) or {"": WEIGHTS}
+            wanted = sorted(set(names.values()))
+            return Path(snapshot_download(path, allow_patterns=wanted)) if weights else folder
     except Exception as e:
         cause = unreachable or (str(e).strip().splitlines() or [type(e).__name__])[0]
         raise UserError(

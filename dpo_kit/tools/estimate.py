@@ -19,7 +19,6 @@ from dpo_kit import config as config_module
 from dpo_kit import dataset
 from dpo_kit.config import Config, steps
 from dpo_kit.engine import micro_batch, reference, schedule
-from dpo_kit.engine.state import CPU_TOKENS
 from dpo_kit.errors import UserError
 from dpo_kit.model import builtin
 from dpo_kit.model.costs import (
@@ -29,9 +28,8 @@ from dpo_kit.model.costs import (
     checkpoints_at_once,
     remedy,
     step_bytes,
-    tokens_that_fit,
 )
-from dpo_kit.model.model_folder import config_in_effect, fingerprint, known_hashes
+from dpo_kit.model.model_folder import config_in_effect, fingerprint, known_hashes, snapshot
 from dpo_kit.model.packing import pair_costs, plan_step
 from dpo_kit.preferences import PairStore
 from dpo_kit.system import machine
@@ -98,20 +96,13 @@ def model_folder(path: str) -> Path:
     Raises:
         UserError: it is nowhere to be had.
     """
-    folder = Path(builtin.ensure(path)).expanduser()
-    if (folder / "config.json").is_file():
-        return folder
-    from huggingface_hub import hf_hub_download
-
-    from dpo_kit.system.hub import cache_only_when_unreachable
-
+    folder = str(Path(builtin.ensure(path)).expanduser())
     try:
-        with cache_only_when_unreachable():
-            return Path(hf_hub_download(path, "config.json")).parent
-    except Exception as error:
+        return snapshot(folder, weights=False)
+    except UserError as error:
         raise UserError(
             f"actor.path = {path!r}: its config.json is neither in a local folder nor given by the hub"
-            f" ({type(error).__name__}); download the model, or give a folder with config.json"
+            f" ({type(error.__cause__).__name__}); download the model, or give a folder with config.json"
         ) from error
 
 
@@ -177,9 +168,8 @@ def micro_batch_bound(config: Config, shape: Shape, num_ranks: int, free: int) -
     given = [config.actor.mb_spec.max_tokens_per_mb]
     if config.ref.logps == "online":
         given.append(config.ref.mb_spec.max_tokens_per_mb)
-    most = micro_batch.CUDA_TOKENS if config.cluster.n_gpus_per_node else CPU_TOKENS
-    fitting = tokens_that_fit(shape, config, num_ranks=num_ranks, free_bytes=free)
-    auto = max(1, min(most, fitting))
+    on_cuda = bool(config.cluster.n_gpus_per_node)
+    auto = max(1, micro_batch.fitting_tokens(config, shape, num_ranks, free, on_cuda=on_cuda))
     return min(auto if tokens == "auto" else int(tokens) for tokens in given)
 
 

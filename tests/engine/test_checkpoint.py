@@ -46,9 +46,9 @@ def train_on(folder: str, overrides: tuple[str, ...] = (), *, run: str = "run", 
         optimizer = make_optimizer(state.policy, config.actor.optimizer)
         (root / run).mkdir(exist_ok=True)
         kept = checkpoint.Keeper(root / run, state, optimizer, Recorder(root / run, config, world))
-        facts = kept.resume()
+        done, _ = kept.resume()
         steps: list[dict] = []
-        state.should_stop = lambda: bool(stop_after) and facts["step"] + len(steps) + 1 >= stop_after
+        state.should_stop = lambda: bool(stop_after) and done + len(steps) + 1 >= stop_after
         hooks = loop.Hooks(
             stepped=steps.append,
             evaluated=lambda *_: None,
@@ -57,11 +57,11 @@ def train_on(folder: str, overrides: tuple[str, ...] = (), *, run: str = "run", 
             checkpoint=kept.save,
         )
         try:
-            loop.train(state, hooks, optimizer, done=facts["step"])
+            loop.train(state, hooks, optimizer, done=done)
         except Stopped:
             assert stop_after
         weights = {name: full_tensor(param).clone() for name, param in masters(state.policy).items()}
-        return {"first": facts["step"] + 1, "steps": steps, "weights": weights}
+        return {"first": done + 1, "steps": steps, "weights": weights}
 
 
 def same(record: dict) -> dict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import functools
 import types
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from dpo_kit.config.steps import num_steps
-from dpo_kit.engine import loop, micro_batch, schedule, step
+from dpo_kit.engine import loop, micro_batch, schedule, state, step
 from dpo_kit.errors import UserError
 from dpo_kit.model import costs, packing, parallel
 from dpo_kit.model.costs import Shape
@@ -27,16 +28,21 @@ COSTS = np.array([900, 700, 500, 300, 100, 100, 100, 100])
 
 @pytest.fixture
 def make(tmp_path):
-    """`settle` on one rank, for a configuration with these overrides."""
+    """`estimated` on one rank, for a configuration with these overrides."""
 
-    def settle(*overrides, free=1 << 40, before=None, on_cuda=False, costs=COSTS):
-        config = tiny_config(tmp_path, *overrides)
+    def estimated(*overrides, free=1 << 40, before=None, on_cuda=False):
         with one_rank() as world:
-            return micro_batch.settle(
-                config, world, shape=SHAPE, costs=costs, free=free, before=before or {}, on_cuda=on_cuda
-            )
+            world = dataclasses.replace(world, device=torch.device("cuda")) if on_cuda else world
+            engine = engine_of(tiny_config(tmp_path, *overrides), world, free)
+            return micro_batch.estimated(engine, COSTS, None, before or {})
 
-    return settle
+    return estimated
+
+
+def engine_of(config, world=None, free=1 << 40):
+    """What the budget asks an engine for."""
+    policy = types.SimpleNamespace(shape=SHAPE)
+    return types.SimpleNamespace(config=config, world=world, free_bytes=free, policy=policy)
 
 
 # ---------------------------------------------------------------- what is settled
@@ -85,8 +91,7 @@ def test_ranks_agree_on_the_least(ranks, tmp_path):
 def estimate_of_ranks(folder):
     world, config = parallel.init_world(cuda=False), tiny_config(Path(folder), AUTO)
     free = sum(costs.step_bytes(SHAPE, config, num_ranks=2, tokens=1500 + 500 * world.rank).values())
-    options = {"shape": SHAPE, "costs": COSTS, "free": free, "before": {}, "on_cuda": False}
-    return micro_batch.settle(config, world, **options)["actor"]
+    return micro_batch.estimated(engine_of(config, world, free), COSTS, None, {})["actor"]
 
 
 @pytest.mark.parametrize("tokens", [900, 1300, 5000])
@@ -117,22 +122,31 @@ def test_rows_by_step_are_those_of_the_steps(tmp_path):
 # ---------------------------------------------------------------- measuring
 
 
-def measure(make, tmp_path, limit, *overrides):
+@pytest.fixture
+def measure(make, tmp_path, monkeypatch):
     """`measured` from 4,096 tokens with all pairs in one step, where more than `limit` tokens do not fit."""
-    tried = []
 
-    def run(rows):
-        tried.append(int(COSTS[rows].sum()))
-        if tried[-1] > limit:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    def measured(limit, *overrides):
+        tried, loaded = [], []
 
-    made = make(AUTO, *overrides) | {"actor": 4096}
-    config = tiny_config(tmp_path, AUTO, *overrides)
-    return micro_batch.measured(made, config, COSTS, 1, run), tried
+        def try_out(engine, rows):
+            tried.append(int(COSTS[rows].sum()))
+            return torch.OutOfMemoryError("CUDA out of memory.") if tried[-1] > limit else None
+
+        monkeypatch.setattr(micro_batch, "try_out", try_out)
+        monkeypatch.setattr(state, "reload_policy", loaded.append)
+        made = make(AUTO, *overrides) | {"actor": 4096}
+        world = types.SimpleNamespace(size=1, dp_size=1)
+        engine = engine_of(tiny_config(tmp_path, AUTO, *overrides), world)
+        made = micro_batch.measured(engine, COSTS, None, made)
+        assert len(loaded) == len(tried) - 1
+        return made, tried
+
+    return measured
 
 
-def test_measuring_halves_until_the_largest_planned_micro_batch_fits(make, tmp_path):
-    made, tried = measure(make, tmp_path, 1100)
+def test_measuring_halves_until_the_largest_planned_micro_batch_fits(measure):
+    made, tried = measure(1100)
     # All 2,800 tokens in one; then [900 700 300 100], 2,000 of 2,048; then [900 100], 1,000 of 1,024.
     assert tried == [2800, 2000, 1000]
     assert (made["actor"], made["ref"]) == (1024, 1024)
@@ -140,26 +154,29 @@ def test_measuring_halves_until_the_largest_planned_micro_batch_fits(make, tmp_p
     assert made["largest"]["actor"] == 1000
 
 
-def test_measuring_what_fits_at_once_changes_nothing_and_leaves_the_reference_alone(make, tmp_path):
-    made, tried = measure(make, tmp_path, 5000, "ref.mb_spec.max_tokens_per_mb=3000")
+def test_measuring_what_fits_at_once_changes_nothing_and_leaves_the_reference_alone(measure):
+    made, tried = measure(5000, "ref.mb_spec.max_tokens_per_mb=3000")
     assert tried == [2800]
     assert (made["actor"], made["ref"]) == (4096, 3000)
     assert made["source"] == {"actor": "measured", "ref": "config"}
 
 
-def test_a_longest_pair_that_does_not_fit_alone_is_told(make, tmp_path):
+def test_a_longest_pair_that_does_not_fit_alone_is_told(measure):
     with pytest.raises(
         micro_batch.OutOfMemory, match=r"with 900 tokens a micro-batch \(OutOfMemoryError: CUDA"
     ):
-        measure(make, tmp_path, 800)
+        measure(800)
 
 
-def test_other_errors_of_the_trial_are_not_swallowed(make, tmp_path):
-    def run(rows):
+def test_other_errors_of_the_trial_are_not_swallowed(tmp_path, monkeypatch):
+    def run(engine, rows):
         raise RuntimeError("shape mismatch")
 
-    with pytest.raises(RuntimeError, match="shape mismatch"):
-        micro_batch.measured(make(AUTO), tiny_config(tmp_path, AUTO), COSTS, 1, run)
+    monkeypatch.setattr(micro_batch, "run_micro_batch", run)
+    with one_rank() as world:
+        engine = make_engine(world, tiny_config(tmp_path, AUTO), store_of(random_pairs(8), tmp_path / "p"))
+        with pytest.raises(RuntimeError, match="shape mismatch"):
+            micro_batch.try_out(engine, [0])
 
 
 def test_trying_leaves_no_trace(tmp_path, monkeypatch):
@@ -175,18 +192,18 @@ def test_trying_leaves_no_trace(tmp_path, monkeypatch):
     monkeypatch.setattr(step, "response_logps", watched)
     with one_rank() as world:
         config = tiny_config(tmp_path, AUTO, "actor.disable_dropout=false", "actor.dtype=bfloat16")
-        state = make_engine(world, config, store_of(random_pairs(16), tmp_path / "pairs"))
-        state.policy.train()
+        engine = make_engine(world, config, store_of(random_pairs(16), tmp_path / "pairs"))
+        engine.policy.train()
         dropout = torch.nn.Dropout(0.5)
-        state.policy.lm.model.norm.register_forward_hook(lambda _m, _a, output: dropout(output))
-        before = weights(state.policy)
-        parameters = [*parallel.masters(state.policy).values(), *state.policy.parameters()]
+        engine.policy.lm.model.norm.register_forward_hook(lambda _m, _a, output: dropout(output))
+        before = weights(engine.policy)
+        parameters = [*parallel.masters(engine.policy).values(), *engine.policy.parameters()]
         rng = torch.get_rng_state()
-        micro_batch._trial(state, SHAPE, {})(list(range(8)))
+        assert micro_batch.try_out(engine, list(range(8))) is None
         assert len(gradients) == 2
         assert torch.equal(rng, torch.get_rng_state())
         assert [p for p in parameters if p.grad is not None] == []
-        for (name, new), (_, old) in zip(weights(state.policy), before, strict=True):
+        for (name, new), (_, old) in zip(weights(engine.policy), before, strict=True):
             assert torch.equal(new, old), name
 
 
@@ -197,49 +214,36 @@ def weights(policy):
 
 
 def test_a_trial_that_failed_loads_the_policy_again(tmp_path, monkeypatch):
-    limit = []
-
-    def run(state, rows):
-        run_once(state, rows)
+    def run(engine, rows):
+        run_once(engine, rows)
         if len(rows) > 4:
-            limit.append(len(rows))
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
     run_once = micro_batch.run_micro_batch
     monkeypatch.setattr(micro_batch, "run_micro_batch", run)
     with one_rank() as world:
         config = tiny_config(tmp_path, AUTO)
-        state = make_engine(world, config, store_of(random_pairs(16), tmp_path / "pairs"))
-        first = state.policy
-        trial = micro_batch._trial(state, SHAPE, {})
-        with pytest.raises(torch.OutOfMemoryError):
-            trial(list(range(8)))
-        trial(list(range(4)))
-        assert limit == [8]
-        assert state.policy is not first
-        trial(list(range(3)))
-        second = state.policy
-        trial(list(range(3)))
-        assert state.policy is second
+        engine = make_engine(world, config, store_of(random_pairs(16), tmp_path / "pairs"))
+        first = engine.policy
+        assert isinstance(micro_batch.try_out(engine, list(range(8))), torch.OutOfMemoryError)
+        state.reload_policy(engine)
+        assert engine.policy is not first
+        assert micro_batch.try_out(engine, list(range(4))) is None
         steps = []
         hooks = loop.Hooks(steps.append, lambda *_: None, lambda *_: False, lambda _: None)
-        loop.train(state, hooks)
-        fresh = make_engine(world, config, state.train)
+        loop.train(engine, hooks)
+        fresh = make_engine(world, config, engine.train)
         again = []
         loop.train(fresh, loop.Hooks(again.append, hooks.evaluated, hooks.due, hooks.save))
     assert [s["dpo/loss"] for s in steps] == [s["dpo/loss"] for s in again]
 
 
-def test_of_several_ranks_one_out_of_memory_ends_the_trial(monkeypatch, tmp_path):
-    def run(state, rows):
-        raise torch.OutOfMemoryError("CUDA out of memory.")
-
-    monkeypatch.setattr(micro_batch, "run_micro_batch", run)
-    with one_rank() as world:
-        state = make_engine(world, tiny_config(tmp_path, AUTO), store_of(random_pairs(8), tmp_path / "p"))
-        state.world = types.SimpleNamespace(**{**vars(world), "size": 2})
-        with pytest.raises(micro_batch.OutOfMemory) as caught:
-            micro_batch._trial(state, SHAPE, {"actor": 4096})([0])
+def test_of_several_ranks_one_out_of_memory_ends_the_trial(make, monkeypatch, tmp_path):
+    monkeypatch.setattr(micro_batch, "try_out", lambda *_: torch.OutOfMemoryError("CUDA out of memory."))
+    monkeypatch.setattr(state, "reload_policy", lambda _: pytest.fail("loaded again"))
+    engine = engine_of(tiny_config(tmp_path, AUTO), types.SimpleNamespace(size=2, dp_size=2))
+    with pytest.raises(micro_batch.OutOfMemory) as caught:
+        micro_batch.measured(engine, COSTS, None, make(AUTO))
     assert caught.value.facts == {"section": "actor", "step": None}
 
 

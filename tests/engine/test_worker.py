@@ -336,7 +336,7 @@ def test_a_pair_over_the_micro_batch_is_refused_by_name(tmp_path, section):
         UserError,
         match=rf"{section}\.mb_spec\.max_tokens_per_mb = 40 is less than the longest pair \({longest}",
     ):
-        micro_batch.check_micro_batch(config, store)
+        micro_batch.check(config, store)
 
 
 @pytest.mark.parametrize("logps", ["cached", "online"])
