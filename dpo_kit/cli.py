@@ -345,18 +345,16 @@ def _sample(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     import shutil
 
+    from dpo_kit.system import folders
+
     run, out = _find(arguments), Path(arguments.out)
     if out.exists():
         raise UserError(f"-o {out} exists; give a folder that does not")
     from dpo_kit.tools import samples
 
     source = samples.latest_export(run.dir)
-    part = out.with_name(f".{out.name}.part")
-    try:
-        shutil.copytree(source, part)
-        part.rename(out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    with folders.staged(out, "refuse") as part:
+        shutil.copytree(source, part, dirs_exist_ok=True)
     print(out)
     return 0
 

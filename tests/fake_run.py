@@ -44,12 +44,12 @@ def act(run_dir, part, action, rank):
         return
     elif name == "checkpoint":
         folder = run_dir / "checkpoints" / f"step-{arguments[0]}"
-        staged = folders.stage(folder)
-        (staged / "data").write_text("weights")
         config = config_module.to_tree(config_module.load(run_dir / "config.yaml"))
         facts = {"step": arguments[0], "identity": {"config": config}}
-        (staged / checkpoints.STATE).write_text(json.dumps(facts))
-        folders.seal(staged, folder, folders.hashes(staged, ["data", checkpoints.STATE]))
+        with folders.staged(folder, "replace") as part:
+            (part / "data").write_text("weights")
+            (part / checkpoints.STATE).write_text(json.dumps(facts))
+            folders.seal(part, folders.hashes(part, ["data", checkpoints.STATE]))
     elif name == "attempts":  # one list of actions for each attempt; the last one for those that follow
         number = status.read_status(run_dir)["attempt"]
         for inner in arguments[min(number, len(arguments)) - 1]:

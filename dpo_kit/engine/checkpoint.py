@@ -18,8 +18,8 @@ Not here: when a checkpoint is due (`recorder`), how the folders are named (reco
 
 from __future__ import annotations
 
+import contextlib
 import math
-import os
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -60,7 +60,7 @@ def save(
 
     def begin() -> None:
         if world.is_main:
-            names[0] = str(folders.stage(folder))
+            names[0] = str(stack.enter_context(folders.staged(folder, "replace")))
 
     def write() -> None:
         dcp.save(
@@ -70,10 +70,7 @@ def save(
     def write_rank() -> None:
         from safetensors.torch import save_file
 
-        path = Path(names[0]) / f"rank-{world.rank}.safetensors"
-        save_file(_generators(world.device), path)
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
+        save_file(_generators(world.device), Path(names[0]) / f"rank-{world.rank}.safetensors")
         if world.is_main:
             atomic_write(
                 Path(names[0]) / records_checkpoints.STATE,
@@ -86,20 +83,20 @@ def save(
 
     def seal() -> None:
         if world.is_main:
-            folders.seal(Path(names[0]), folder, found)
+            folders.seal(Path(names[0]), found)
+            stack.close()
 
     try:
-        _together(world, begin)
-        if world.size > 1:
-            dist.broadcast_object_list(names, 0)
-        for act in (write, write_rank, read):
-            _together(world, act)
-        for part in gathered(world, found):
-            found.update(part)
-        _together(world, seal)
+        with contextlib.ExitStack() as stack:
+            _together(world, begin)
+            if world.size > 1:
+                dist.broadcast_object_list(names, 0)
+            for act in (write, write_rank, read):
+                _together(world, act)
+            for part in gathered(world, found):
+                found.update(part)
+            _together(world, seal)
     except _Failed as failed:
-        if world.is_main:
-            folders.remove_leftovers(folder.parent)
         raise UserError(_why_not_saved(folder, str(failed), policy, optimizer)) from None
 
 

@@ -17,7 +17,7 @@ from dpo_kit.config import Config, differences
 from dpo_kit.errors import UserError
 from dpo_kit.records import budget, checkpoints, lock, manifest, resuming, run_folder, status
 from dpo_kit.supervise import headless
-from dpo_kit.system import folders, machine
+from dpo_kit.system import machine
 from dpo_kit.system.files import atomic_write, last_line, read_json, to_json
 from dpo_kit.system.processes import child_variables
 
@@ -80,9 +80,7 @@ def clean_up(run_dir: Path) -> None:
     """Clears away what a killed run left half-written; it may be what fills the disk."""
     with lock.unowned(run_dir) as is_free:
         if is_free and not status.is_live(status.read_status(run_dir)):
-            folders.remove_leftovers(run_dir / "checkpoints")
-            for place in (run_dir, run_dir / "exports"):
-                folders.mend(place)
+            run_folder.sweep(run_dir)
 
 
 def resume_problem(run_dir: Path) -> str:

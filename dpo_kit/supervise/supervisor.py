@@ -204,7 +204,6 @@ def _finish(session: Session, state: str, message: str, mistake: bool) -> None:
         checkpoints = session.run_dir / "checkpoints"
         for step in steps(checkpoints):
             folders.discard(checkpoints / f"step-{step}")
-        folders.remove_leftovers(checkpoints)
     if state == "done" and status.get("attempt") == 1:  # the time of broken attempts is nobody's expectation
         durations.remember_seconds(Path(session.config.cluster.fileroot), session.kind, phases)
     if session.lines:
