@@ -296,7 +296,7 @@ class Keeper:
             "config": config_module.to_tree(state.config),
         }
         if state.world.is_main:  # who alone has hashed the weights
-            weights = read_json(self.run_dir / "manifest.json", {}).get("weights", {})
+            weights = manifest.read(self.run_dir).get("weights", {})
             found["weights"] = {name: made["fingerprint"] for name, made in weights.items()}
         return found
 

@@ -27,9 +27,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from dpo_kit.errors import UserError
+from dpo_kit.records import manifest as records_manifest
 from dpo_kit.records import status
 from dpo_kit.system import folders
-from dpo_kit.system.files import atomic_write, to_json
+from dpo_kit.system.files import atomic_write
 
 _ADJECTIVES = "amber bold brave calm clever eager fair gentle keen lively merry quick quiet steady sunny warm"
 _ANIMALS = "badger crane falcon finch fox heron lark lynx marten otter owl plover raven robin swift wren"
@@ -135,7 +136,7 @@ def create(
             with folders.staged(folder, "refuse") as part:
                 (part / "logs").mkdir()
                 atomic_write(part / "config.yaml", config_text)
-                atomic_write(part / "manifest.json", to_json(manifest, indent=2))
+                records_manifest.update(part, **manifest)
                 status.reset_status(part)
                 if fill is not None:
                     fill(part)
