@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from dpo_kit import config as config_module
-from dpo_kit.errors import DataError
+from dpo_kit.errors import DataError, ExitStatus
 from dpo_kit.records import budget, checkpoints, metrics, status
 from dpo_kit.system import folders, processes
 
@@ -59,7 +59,7 @@ def act(run_dir, part, action, rank):
     elif name == "out of memory":
         error = RuntimeError("not enough memory")
         status.write_rank_error(run_dir, rank, error, out_of_memory=arguments[0])
-        os._exit(budget.OUT_OF_MEMORY)
+        os._exit(ExitStatus.OUT_OF_MEMORY)
     elif name == "raise":
         error = {"DataError": DataError, "ValueError": ValueError, "RuntimeError": RuntimeError}[
             arguments[0]

@@ -25,7 +25,7 @@ from typing import Any
 from dpo_kit import config as config_module
 from dpo_kit.config import Config, paths
 from dpo_kit.dataset import inspection, tokens
-from dpo_kit.errors import ConfigError, UserError
+from dpo_kit.errors import ConfigError, ExitStatus, UserError
 from dpo_kit.model import builtin, model_folder
 from dpo_kit.preferences import PairStore
 from dpo_kit.records import findings, manifest, resuming, status
@@ -262,10 +262,10 @@ def main(run_dir: Path) -> int:
         status.write_rank_error(run_dir, "prepare", error)
         if isinstance(error, UserError):
             print(error, flush=True)
-            return 2
+            return ExitStatus.MISTAKE
         traceback.print_exc()
-        return 1
-    return 0
+        return ExitStatus.FAILED
+    return ExitStatus.DONE
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from dpo_kit import config as config_module
 from dpo_kit.config import Config
 from dpo_kit.dataset import tokens
 from dpo_kit.dataset.layouts import ASSISTANT_MARK, CONVERSATION, RAW
-from dpo_kit.errors import UserError
+from dpo_kit.errors import ExitStatus, UserError
 from dpo_kit.model import builtin, model_folder
 from dpo_kit.model.pair_model import quiet
 from dpo_kit.model.parallel import DTYPES
@@ -246,8 +246,8 @@ def main(run_dir: Path) -> int:
     except Exception as error:
         status.write_rank_error(run_dir, "samples", error)
         traceback.print_exc()
-        return 1
-    return 0
+        return ExitStatus.FAILED
+    return ExitStatus.DONE
 
 
 if __name__ == "__main__":
