@@ -41,7 +41,7 @@ from dpo_kit.model.parallel import World, masters, publish
 from dpo_kit.records import checkpoints as records_checkpoints
 from dpo_kit.records import manifest, metrics, resuming
 from dpo_kit.system import folders, machine
-from dpo_kit.system.files import atomic_write, read_json, to_json
+from dpo_kit.system.files import read_json, to_json
 
 
 def save(
@@ -63,23 +63,18 @@ def save(
             names[0] = str(stack.enter_context(folders.staged(folder, "replace")))
 
     def write() -> None:
-        dcp.save(
-            _tensors(policy, optimizer), storage_writer=FileSystemWriter(names[0], single_file_per_rank=True)
-        )
-
-    def write_rank() -> None:
         from safetensors.torch import save_file
 
-        save_file(_generators(world.device), Path(names[0]) / f"rank-{world.rank}.safetensors")
+        part, writer = Path(names[0]), FileSystemWriter(names[0], single_file_per_rank=True)
+        dcp.save(_tensors(policy, optimizer), storage_writer=writer)
+        save_file(_generators(world.device), part / f"rank-{world.rank}.safetensors")
         if world.is_main:
-            atomic_write(
-                Path(names[0]) / records_checkpoints.STATE,
-                to_json({**facts, "num_ranks": world.size}, indent=1),
-            )
+            text = to_json({**facts, "num_ranks": world.size}, indent=1)
+            (part / records_checkpoints.STATE).write_text(text, "utf-8")
 
     def read() -> None:  # for the hashes, shared: every rank its part of the files
-        staged = Path(names[0])
-        found.update(folders.hashes(staged, folders.file_names(staged)[world.rank :: world.size]))
+        part = Path(names[0])
+        found.update(folders.hashes(part, folders.file_names(part)[world.rank :: world.size]))
 
     def seal() -> None:
         if world.is_main:
@@ -91,7 +86,7 @@ def save(
             _together(world, begin)
             if world.size > 1:
                 dist.broadcast_object_list(names, 0)
-            for act in (write, write_rank, read):
+            for act in (write, read):
                 _together(world, act)
             for part in gathered(world, found):
                 found.update(part)
