@@ -74,7 +74,7 @@ def point(run_dir: Path) -> Point | None:
     status = read_status(run_dir)
     if not (status.get("trained") and (run_dir / "model").is_dir()):
         return None
-    made = read_json(run_dir / "manifest.json", {})
+    made = manifest.read(run_dir)
     of: dict[str, Any] = {split: stored["fingerprint"] for split, stored in made.get("data", {}).items()}
     if "weights" in made:
         of["weights"] = {name: stored["fingerprint"] for name, stored in made["weights"].items()}
@@ -103,8 +103,7 @@ def last_step(run_dir: Path, config: Config) -> int | None:
     """The last step of a run of the folder's pairs with these settings; None while that is not known."""
     from dpo_kit.config import steps  # imports numpy, which a list of runs does without
 
-    made = read_json(run_dir / "manifest.json", {})
-    num_pairs = made.get("data", {}).get("train", {}).get("num_pairs")
+    num_pairs = manifest.read(run_dir).get("data", {}).get("train", {}).get("num_pairs")
     return steps.num_steps(config, num_pairs) if num_pairs else config.total_train_steps
 
 
