@@ -27,7 +27,6 @@ from dpo_kit.engine.state import (
     FIRST_STEP_NATS,
     FIRST_STEP_NATS_PER_TOKEN_BF16,
     Engine,
-    load_model,
     longest_tokens,
 )
 from dpo_kit.model import model_folder, pair_model
@@ -60,7 +59,7 @@ def prepare(engine: Engine, train_rows: np.ndarray | None = None) -> dict[str, s
     same = weights["actor"] == weights["ref"]
     engine.policy_is_reference = same and config.actor.dtype == config.ref.dtype
     if config.ref.logps == "online":
-        engine.ref_model = _load(engine)
+        engine.ref_model = engine.load("ref")
         return weights
     unpacked = pair_model.why_unpacked(config.ref.path, longest_tokens([engine.train, engine.valid]))
     kernel = "plain" if unpacked else "shared" if config.actor.share_prompt else "unshared"
@@ -73,7 +72,7 @@ def prepare(engine: Engine, train_rows: np.ndarray | None = None) -> dict[str, s
     num_pairs, num_missing = sum(len(need.rows) for need in needs), sum(need.num_missing for need in needs)
     if world.is_main:
         print(f"reference: {num_pairs - num_missing} of {num_pairs} pairs from the cache", flush=True)
-    source = engine.policy if engine.policy_is_reference else _load(engine)
+    source = engine.policy if engine.policy_is_reference else engine.load("ref")
     source.eval()
     if any(not need.recheck(source) for need in needs):
         num_missing = num_pairs
@@ -154,11 +153,6 @@ class _Need:
         table = np.full((len(self.store), self.values.shape[1]), np.nan)
         table[self.rows] = self.values
         return torch.from_numpy(table).to(self.engine.world.device)
-
-
-def _load(engine: Engine) -> pair_model.PairModel:
-    stores = [engine.train, engine.valid]
-    return load_model(engine.config, "ref", engine.world, stores, trainable=False)
 
 
 # With many pairs a small lean is certain and means nothing: swapped columns lean far.

@@ -64,6 +64,11 @@ class Engine:
         """Whether rows made for these models hold a common prefix once."""
         return self.config.actor.share_prompt and all(m.packed for m in models if m is not None)
 
+    def load(self, name: str) -> PairModel:
+        """The policy (`actor`, to be trained) or the reference (`ref`), ready for both stores."""
+        stores = [self.train, self.valid]
+        return load_model(self.config, name, self.world, stores, trainable=name == "actor")
+
 
 def raise_if_stopped(engine: Engine) -> None:
     """Raises `Stopped` on every rank as soon as one was asked to stop; a collective."""
@@ -98,8 +103,7 @@ def reload_policy(engine: Engine) -> None:
     del engine.policy
     gc.collect()
     torch.cuda.empty_cache()
-    stores = [engine.train, engine.valid]
-    engine.policy = load_model(engine.config, "actor", engine.world, stores, trainable=True)
+    engine.policy = engine.load("actor")
 
 
 def free_bytes(world: World) -> int:

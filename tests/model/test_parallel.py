@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
 
 from dpo_kit.engine import step
 from dpo_kit.engine.optimizer import make_optimizer
@@ -47,6 +50,19 @@ def test_one_rank_without_fsdp_equals_fsdp_bit_for_bit(tmp_path, monkeypatch, dt
     for name, weight in plain[1].items():
         assert weight.dtype == (torch.float64 if dtype == "float64" else torch.float32)
         assert torch.equal(weight, sharded[1][name]), name
+
+
+def test_ranks_that_share_their_pairs_count_once(ranks):
+    """`dp_rank` and `sum` follow the mesh; who writes and what is gathered does not."""
+    assert ranks.run(two_ranks_of_one_pair) == [(rank, 2, 0, 1, 1.0, [0, 1], 0) for rank in range(2)]
+
+
+def two_ranks_of_one_pair():
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
+    world = dataclasses.replace(parallel.init_world(cuda=False), mesh=mesh)
+    total = float(world.sum(torch.ones(())))
+    told = world.gather(world.rank), world.of_main(world.rank)
+    return world.rank, world.size, world.dp_rank, world.dp_size, total, *told
 
 
 def plain_sums(path, window_free=False):
