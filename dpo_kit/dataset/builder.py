@@ -14,12 +14,10 @@ Deliberately not here: reading files (`rows.py`), what columns mean (`layouts.py
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,20 +104,6 @@ def build(config: Config, split: str = "train", progress: Progress | None = None
         "report": report,
     }
     return write_store(folder, arrays, meta)
-
-
-@contextlib.contextmanager
-def progress_bar(title: str = "build pairs") -> Iterator[Progress]:
-    """A progress bar for the shell and for notebooks: `with progress_bar() as p: build(config, progress=p)`."""
-    from tqdm.auto import tqdm
-
-    with tqdm(desc=title, unit=" rows") as bar:
-
-        def progress(done: int, total: int | None) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield progress
 
 
 def _plan(config: Config, split: str) -> _Plan:

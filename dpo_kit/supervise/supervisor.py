@@ -48,9 +48,9 @@ from dpo_kit.records.status import (
 )
 from dpo_kit.redaction import guard_output
 from dpo_kit.supervise import restarts
-from dpo_kit.supervise.children import Session, ask, kill, look, merge, wait_for
+from dpo_kit.supervise.children import Session, ask, look, merge, wait_for
 from dpo_kit.system import files, folders
-from dpo_kit.system.processes import identify, popen, rank_environment
+from dpo_kit.system.processes import end_children, identify, popen, rank_environment
 
 if TYPE_CHECKING:
     from dpo_kit.view.progress import Lines
@@ -244,7 +244,7 @@ def _run_ranks(session: Session, module: str) -> list[int | None]:
             update_status(session.run_dir, ranks=[process.pid for process in ranks])
             return wait_for(session, ranks, session.config.cluster.grace_s)
         finally:
-            kill(ranks)
+            end_children(ranks)
 
 
 # ---------------------------------------------------------------- starting the ranks again
