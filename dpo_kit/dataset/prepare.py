@@ -38,7 +38,7 @@ _WORTH_TELLING_S = 2.0
 def prepare(run_dir: Path) -> None:
     """Does all of it; see the module."""
     config = config_module.load(run_dir / "config.yaml")
-    ready = all(builtin.cached(path) for path in _models(config) if path in builtin.NAMES)
+    ready = all(model_folder.cached(path) for path in _models(config) if path in model_folder.NAMES)
     status.write_progress(run_dir, phase="convert model", expected_s=1.0 if ready else None)
     make_models(config)
     status.write_progress(run_dir, phase="build pairs")
@@ -160,13 +160,13 @@ def check_tokenizers(config: Config) -> None:
     """
     from dpo_kit.model import pair_model
 
-    own = tokens.load_tokenizer(config.tokenizer_path)[1].get_vocab()
-    if config.ref.path != config.tokenizer_path:
-        other = tokens.load_tokenizer(config.ref.path)[1].get_vocab()
-        if own != other:
-            raise ConfigError([tokens.vocabulary_problem(config, own, other)])
+    def vocabulary(path: str) -> dict[str, int]:
+        return tokens.load_tokenizer(path)[1].get_vocab()
+
+    if problems := tokens.vocabulary_problems(config, vocabulary):
+        raise ConfigError(problems)
+    own = vocabulary(config.tokenizer_path)
     last = max(own, key=lambda token: own[token])
-    problems = []
     for field, path in _weights(config).items():
         rows = getattr(
             pair_model.text_config(model_folder.snapshot(builtin.ensure(path))), "vocab_size", None
