@@ -29,6 +29,7 @@ from dpo_kit.errors import ConfigError, UserError
 from dpo_kit.model import builtin, model_folder
 from dpo_kit.preferences import PairStore
 from dpo_kit.records import findings, resuming, status
+from dpo_kit.records.facts import read_facts
 from dpo_kit.records.findings import Finding
 from dpo_kit.system.files import atomic_write, read_json, to_json
 
@@ -46,10 +47,10 @@ def prepare(run_dir: Path) -> None:
     report(stores)
     check_lengths(config, stores)
     check_values(config, _percent(run_dir))  # after the data, so that bad data leave nothing behind
-    at = resuming.point(run_dir)
-    if at and (problem := resuming.refusal(run_dir, at, config, fingerprints(config, stores))):
+    run = read_facts(run_dir, config)
+    if problem := resuming.refusal(run, config, fingerprints(config, stores) if run.at else None):
         raise UserError(problem)
-    before = [found for found in findings.read(run_dir) if at and found.name in findings.OF_RANKS]
+    before = [found for found in findings.read(run_dir) if run.at and found.name in findings.OF_RANKS]
     findings.write(run_dir, [*_inspect(config, stores), *before])
     data = {split: None if store is None else str(store.path) for split, store in stores.items()}
     atomic_write(run_dir / "data.json", to_json(data, indent=1))

@@ -22,6 +22,7 @@ import math
 import os
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,13 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
 from dpo_kit import config as config_module
-from dpo_kit.config import steps
 from dpo_kit.engine.recorder import Recorder
 from dpo_kit.engine.state import Engine
 from dpo_kit.errors import UserError
 from dpo_kit.model.parallel import World, masters, publish
 from dpo_kit.records import checkpoints as records_checkpoints
 from dpo_kit.records import manifest, metrics, resuming
+from dpo_kit.records.facts import read_facts
 from dpo_kit.system import folders, machine
 from dpo_kit.system.files import atomic_write, read_json, to_json
 
@@ -107,7 +108,7 @@ def load(folder: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, worl
     """Puts a verified checkpoint into a model and its new optimizer; a collective.
 
     Args:
-        folder: `checkpoints/step-N`, which `newest` has verified.
+        folder: `checkpoints/step-N`, which `damage` has verified.
 
     Returns:
         The `facts` of `save`, with `num_ranks`.
@@ -122,17 +123,10 @@ def load(folder: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, worl
     return facts
 
 
-def newest(checkpoints: Path, world: World) -> tuple[int | None, list[str]]:
-    """The latest whole checkpoint's step, and a line on each damaged one that was passed over; a collective.
-
-    The same on every rank; each reads its part of the files.
-    """
-
-    def damage(folder: Path) -> str:
-        problems = gathered(world, folders.damage(folder, world.rank, world.size))
-        return next((problem for problem in problems if problem), "")
-
-    return records_checkpoints.newest(checkpoints, damage)
+def damage(folder: Path, world: World) -> str:
+    """What is wrong with a checkpoint, by every hash; empty when it is whole. A collective: each reads its part."""
+    problems = gathered(world, folders.damage(folder, world.rank, world.size))
+    return next((problem for problem in problems if problem), "")
 
 
 def needed_bytes(policy: nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -250,16 +244,19 @@ class Keeper:
         state = self.state
         if records_checkpoints.steps(self.folder):
             self.recorder.progress("checkpoint")
-        step, damaged = newest(self.folder, state.world)
-        if step is None:
-            # To begin at the first step is right for a run that had no checkpoint, and for no other.
-            if lost := resuming.lost(self.run_dir, damaged):
-                raise UserError(lost)
+        found = read_facts(self.run_dir, state.config, lambda folder: damage(folder, state.world))
+        # To begin at the first step is right for a run that had no checkpoint, and for no other.
+        found = replace(found, num_pairs=len(state.train))
+        content = self._identity() if found.at else None
+        problems = gathered(state.world, resuming.refusal(found, state.config, content))
+        if any(problems):
+            raise UserError(next(text for text in problems if text))
+        if not found.whole:
             return {"step": 0, "owes_evaluation": False}
-        if damaged:
-            self.recorder.tell(f"{'; '.join(damaged)}; falling back to step-{step}")
+        step = found.whole[0]
+        if found.passed:
+            self.recorder.tell(f"{'; '.join(found.passed)}; falling back to step-{step}")
         folder = self.folder / f"step-{step}"
-        self._check(resuming.at_step(self.run_dir, step))
         facts = load(folder, state.policy, self.optimizer, state.world)
         self.saved = step
         # A fork has no `exports/best` yet, and its losses may be of another kind.
@@ -302,11 +299,3 @@ class Keeper:
             weights = read_json(self.run_dir / "manifest.json", {}).get("weights", {})
             found["weights"] = {name: made["fingerprint"] for name, made in weights.items()}
         return found
-
-    def _check(self, at: resuming.Point) -> None:
-        config, content = self.state.config, self._identity()
-        total = steps.num_steps(config, len(self.state.train))
-        problem = resuming.refusal(self.run_dir, at, config, content, total=total)
-        problems = gathered(self.state.world, problem)
-        if any(problems):
-            raise UserError(next(text for text in problems if text))

@@ -259,14 +259,12 @@ def disk_need(
         f"{checkpoints} checkpoint{'s' * (checkpoints != 1)} and {models} model{'s' * (models > 1)} need"
         f" {size_text(needed)}, and {size_text(free_bytes)} are free"
     )
-    where = shlex.quote(config.cluster.fileroot)
-    remedies = (
-        "recover.keep=1, fewer exports (saver.freq_*=null)" if models > 2 else "recover.keep=1",
-        f"free space (dpo-kit runs prune --fileroot {where}, dpo-kit cache rm --fileroot {where})",
-    )
+    where, fewer = shlex.quote(config.cluster.fileroot), "recover.keep=1"
+    if models > 1 + config.saver.best:
+        fewer += ", saver.freq_steps=null saver.freq_epochs=null"
     problem = (
-        f"cluster.fileroot = {config.cluster.fileroot!r}: {told}; use {', '.join(remedies)}, or another"
-        " cluster.fileroot"
+        f"cluster.fileroot = {config.cluster.fileroot!r}: {told}; use {fewer}, free space (dpo-kit runs prune"
+        f" --fileroot {where}, dpo-kit cache rm --fileroot {where}), or another cluster.fileroot"
     )
     return told, problem if needed > free_bytes else ""
 
