@@ -21,12 +21,11 @@ from typing import Any, NoReturn
 from dpo_kit import config as config_module
 from dpo_kit.config import Config
 from dpo_kit.config.values import coerce
-from dpo_kit.errors import RunError, UserError
+from dpo_kit.errors import ExitStatus, RunError, UserError
 from dpo_kit.launch import preflight
 from dpo_kit.redaction import guarded_output
 from dpo_kit.view.html import visible
 
-EXIT = {"done": 0, "stopped": 3, "preempted": 3}
 # On a terminal a counter is drawn over; in a log a line comes now and then, so that nothing is silent for 5 s.
 _REDRAW_S, _LINE_S = 0.2, 4.0
 _DRAWN = re.compile(r"((?:\r|\x1b\[A)*)(.*?)((?:\x1b\[K)?\r?)", re.DOTALL)
@@ -49,24 +48,24 @@ def _for_terminals(text: str) -> str:
 def _run(argv: Sequence[str] | None) -> int:
     try:
         arguments = _parse(argv)
-        return arguments.run(arguments)
+        return arguments.run(arguments) or ExitStatus.DONE
     except UserError as error:
-        return _tell(error, 2)
+        return _tell(error, ExitStatus.MISTAKE)
     except RunError as error:
-        return _tell(error, EXIT.get(error.state, 1))
+        return _tell(error, ExitStatus.of(error.state))
     except KeyboardInterrupt:
-        return _tell("interrupted", 1)
+        return _tell("interrupted", ExitStatus.FAILED)
     except BrokenPipeError:
         # The reader is gone (`| head`); what Python flushes when it ends must go somewhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return ExitStatus.FAILED
     except (
         OSError
     ) as error:  # a full disk, a folder that may not be written, a run that does not stop in time
-        return _tell(error, 1)
+        return _tell(error, ExitStatus.FAILED)
 
 
-def _tell(message: object, status: int) -> int:
+def _tell(message: object, status: ExitStatus) -> int:
     print(f"dpo-kit: {message}", file=sys.stderr)
     return status
 
@@ -228,7 +227,7 @@ def _train(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _sweep(arguments: argparse.Namespace) -> int:
+def _sweep(arguments: argparse.Namespace) -> None:
     from dpo_kit import sweep
 
     fixed, grid = sweep.split_overrides(arguments.overrides)
@@ -240,10 +239,9 @@ def _sweep(arguments: argparse.Namespace) -> int:
         raise RunError("interrupted; the run under way has ended", state="stopped") from None
     finally:
         print(sweep.table(made.trials).text)
-    return 0
 
 
-def _data(arguments: argparse.Namespace) -> int:
+def _data(arguments: argparse.Namespace) -> None:
     config = _load(arguments)
     store = _build(config, arguments.split)
     from dpo_kit import dataset
@@ -252,7 +250,6 @@ def _data(arguments: argparse.Namespace) -> int:
     if arguments.split == "train" and config.valid_dataset is not None:
         print(f"\nheld-out pairs\n{dataset.format_report(_build(config, 'valid'), store)}\n")
     print(store.path)
-    return 0
 
 
 def _build(config: Config, split: str) -> Any:
@@ -264,7 +261,7 @@ def _build(config: Config, split: str) -> Any:
     return dataset.build(config, split, progress=lambda done, total: tell("build pairs", done, total))
 
 
-def _score(arguments: argparse.Namespace) -> int:
+def _score(arguments: argparse.Namespace) -> None:
     config = _load(arguments)
     out = Path(arguments.out)
     if out.is_dir() or not out.absolute().parent.is_dir():
@@ -278,10 +275,9 @@ def _score(arguments: argparse.Namespace) -> int:
         told = "undefined (all ties)" if value is None else f"{value:.6g}"
         print(f"{name.removeprefix('dpo-eval/'):>18}  {told}")
     print(out)
-    return 0
 
 
-def _estimate(arguments: argparse.Namespace) -> int:
+def _estimate(arguments: argparse.Namespace) -> None:
     from dpo_kit import launch
     from dpo_kit.system.files import to_json
     from dpo_kit.tools import estimate
@@ -290,7 +286,6 @@ def _estimate(arguments: argparse.Namespace) -> int:
     found = estimate.make(config, probe=not arguments.no_probe)
     print(to_json(found, indent=2) if arguments.json else estimate.text(found))
     estimate.refuse(found)
-    return 0
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
@@ -298,7 +293,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from dpo_kit.tools import doctor
 
     found = doctor.examine(config, lambda finding: print(doctor.line(finding), flush=True))
-    return 2 if any(finding.level == "bad" for finding in found) else 0
+    return ExitStatus.MISTAKE if any(finding.level == "bad" for finding in found) else ExitStatus.DONE
 
 
 def _counter(unit: str) -> Callable[..., None]:
@@ -323,7 +318,7 @@ def _counter(unit: str) -> Callable[..., None]:
     return tell
 
 
-def _sample(arguments: argparse.Namespace) -> int:
+def _sample(arguments: argparse.Namespace) -> None:
     run = _find(arguments)
     texts = [arguments.prompt]
     if arguments.prompts:
@@ -339,11 +334,12 @@ def _sample(arguments: argparse.Namespace) -> int:
         print(
             f"prompt     {found['prompt']}\nreference  {found['reference']}\npolicy     {found['policy']}\n"
         )
-    return 0
 
 
-def _export(arguments: argparse.Namespace) -> int:
+def _export(arguments: argparse.Namespace) -> None:
     import shutil
+
+    from dpo_kit.system import folders
 
     run, out = _find(arguments), Path(arguments.out)
     if out.exists():
@@ -351,35 +347,27 @@ def _export(arguments: argparse.Namespace) -> int:
     from dpo_kit.tools import samples
 
     source = samples.latest_export(run.dir)
-    part = out.with_name(f".{out.name}.part")
-    try:
-        shutil.copytree(source, part)
-        part.rename(out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    with folders.staged(out, "refuse") as part:
+        shutil.copytree(source, part, dirs_exist_ok=True)
     print(out)
-    return 0
 
 
-def _runs_list(arguments: argparse.Namespace) -> int:
+def _runs_list(arguments: argparse.Namespace) -> None:
     from dpo_kit.tools import listing
 
     print(listing.list_table(_fileroot(arguments)))
-    return 0
 
 
-def _runs_show(arguments: argparse.Namespace) -> int:
+def _runs_show(arguments: argparse.Namespace) -> None:
     from dpo_kit.tools import listing
 
     print(listing.show_text(_find(arguments)))
-    return 0
 
 
-def _runs_stop(arguments: argparse.Namespace) -> int:
+def _runs_stop(arguments: argparse.Namespace) -> None:
     run = _find(arguments)
     run.stop()
     print(f"{run.name}: {run.state}")
-    return 0
 
 
 def _runs_resume(arguments: argparse.Namespace) -> int:
@@ -411,14 +399,13 @@ def _runs_prune(arguments: argparse.Namespace) -> int:
         else [runs.Run(folder) for folder in run_folder.list_runs(_fileroot(arguments))]
     )
     items = cleanup.spare_checkpoints(picked, arguments.keep)
-    return 0 if cleanup.remove(items, yes=arguments.yes) else 1
+    return ExitStatus.DONE if cleanup.remove(items, yes=arguments.yes) else ExitStatus.FAILED
 
 
-def _cache_list(arguments: argparse.Namespace) -> int:
+def _cache_list(arguments: argparse.Namespace) -> None:
     from dpo_kit.tools import cleanup
 
     print(cleanup.table(cleanup.cache_items(_fileroot(arguments))))
-    return 0
 
 
 def _cache_rm(arguments: argparse.Namespace) -> int:
@@ -430,10 +417,10 @@ def _cache_rm(arguments: argparse.Namespace) -> int:
     if live:
         raise UserError(f"{live[0].name} is {live[0].state} and may need the caches; stop it first")
     items = cleanup.pick(cleanup.cache_items(root), arguments.names, f"{root}/.cache")
-    return 0 if cleanup.remove(items, yes=arguments.yes) else 1
+    return ExitStatus.DONE if cleanup.remove(items, yes=arguments.yes) else ExitStatus.FAILED
 
 
 def _runs_rm(arguments: argparse.Namespace) -> int:
     from dpo_kit import runs
 
-    return 0 if runs.remove(_find(arguments), yes=arguments.yes) else 1
+    return ExitStatus.DONE if runs.remove(_find(arguments), yes=arguments.yes) else ExitStatus.FAILED

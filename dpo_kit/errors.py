@@ -1,4 +1,4 @@
-"""The kinds of failure that have a remedy.
+"""The kinds of failure that have a remedy, and the exit statuses that tell them apart.
 
 A `UserError` is a user's mistake: its text is the whole story, the command line prints it without a
 traceback and exits with status 2. A `RunError` is a run that did not end `done`.
@@ -9,9 +9,25 @@ Deliberately not here: invariants of our own code, which are plain `assert`s.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import IntEnum
 from pathlib import Path
 
 from dpo_kit.redaction import redact
+
+
+class ExitStatus(IntEnum):
+    """How a process of the kit ended: the command line, a supervisor, a rank, what prepares and what samples."""
+
+    DONE = 0
+    FAILED = 1
+    MISTAKE = 2  # the user's
+    STOPPED = 3  # or preempted: as asked, with the state saved
+    OUT_OF_MEMORY = 4  # a rank alone
+
+    @classmethod
+    def of(cls, state: str) -> ExitStatus:
+        """Of a run that ended in a state."""
+        return {"done": cls.DONE, "stopped": cls.STOPPED, "preempted": cls.STOPPED}.get(state, cls.FAILED)
 
 
 class UserError(ValueError):

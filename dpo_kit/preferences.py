@@ -1,8 +1,8 @@
 """Preference pairs as token arrays: the longest common prefix, and the pair store on disk.
 
 A pair store is a folder that numpy alone reads: flat token arrays with offsets, one entry a pair, and
-`meta.json`, which holds the size and sha256 of every array. It is written in one step (a temporary folder,
-fsync, rename), so that a store is either complete or not there.
+`meta.json`, which holds the size and sha256 of every array. It is written in one step (`folders.staged`), so that a
+store is either complete or not there.
 
     <folder>/chosen_ids.npy      int32 (sum of chosen lengths,)     chosen_offsets.npy    int64 (P+1,)
              rejected_ids.npy    int32 (sum of rejected lengths,)   rejected_offsets.npy  int64 (P+1,)
@@ -18,14 +18,11 @@ Deliberately not here: text, tokenizers, the config object (see `dataset.py`), t
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +31,8 @@ from typing import Any
 import numpy as np
 
 from dpo_kit.errors import DataError
+from dpo_kit.system import folders
+from dpo_kit.system.files import sha256
 
 FORMAT = 1
 ARRAYS: dict[str, str] = {
@@ -47,7 +46,6 @@ ARRAYS: dict[str, str] = {
     "index": "int64",
     "prompt_key": "int64",
 }
-_STALE_TEMPORARY_S = 3600.0
 
 
 def longest_common_prefix(a: Sequence[int] | np.ndarray, b: Sequence[int] | np.ndarray) -> int:
@@ -249,7 +247,16 @@ def write_store(
     problem = _structure_problem(cast)
     assert problem is None, problem
     try:
-        _write_whole(folder, cast, meta)
+        with folders.staged(folder, "keep", _is_whole) as part:
+            described = {name: _write_array(part, name, array) for name, array in cast.items()}
+            whole = {
+                **meta,
+                "format": FORMAT,
+                "num_pairs": num_pairs,
+                "fingerprint": _fingerprint(described),
+                "arrays": described,
+            }
+            (part / "meta.json").write_text(json.dumps(whole, indent=1))
     except OSError as error:
         size_mib = sum(array.nbytes for array in cast.values()) / 2**20
         raise DataError(
@@ -259,62 +266,12 @@ def write_store(
     return open_store(folder)
 
 
-def _write_whole(folder: Path, arrays: Mapping[str, np.ndarray | TokenFile], meta: Mapping[str, Any]) -> None:
-    """Everything into a temporary folder beside `folder`, flushed, then into place."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_stale(folder)
-    temporary = Path(tempfile.mkdtemp(prefix=f".tmp-{folder.name}-", dir=folder.parent))
+def _is_whole(folder: Path) -> bool:
     try:
-        temporary.chmod(0o755)  # mkdtemp makes it private; a file root may be shared between accounts
-        described = {name: _write_array(temporary, name, array) for name, array in arrays.items()}
-        whole = {
-            **meta,
-            "format": FORMAT,
-            "num_pairs": len(arrays["shared"]),
-            "fingerprint": _fingerprint(described),
-            "arrays": described,
-        }
-        _write_synced(temporary / "meta.json", json.dumps(whole, indent=1).encode())
-        _sync_folder(temporary)
-        _put_in_place(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _put_in_place(temporary: Path, folder: Path) -> None:
-    """Rename into place; when a whole store got there first, leave it."""
-    for _ in range(10):
-        try:
-            os.rename(temporary, folder)
-            _sync_folder(folder.parent)
-            return
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                raise
-        try:
-            open_store(folder)
-            return
-        except DataError:
-            _remove_aside(folder)
-    raise DataError(
-        f"pair store {folder}: other builders keep replacing it; build again when they have ended"
-    )
-
-
-def _remove_aside(folder: Path) -> None:
-    """Remove a damaged store so that no reader sees it half-removed: rename first."""
-    aside = Path(tempfile.mkdtemp(prefix=f".tmp-{folder.name}-", dir=folder.parent))
-    with contextlib.suppress(FileNotFoundError):
-        os.rename(folder, aside / "damaged")
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _remove_stale(folder: Path) -> None:
-    """Remove what builders of this store that were killed left behind; a live one writes for seconds only."""
-    for left in folder.parent.glob(f".tmp-{folder.name}-*"):
-        with contextlib.suppress(OSError):
-            if time.time() - left.stat().st_mtime > _STALE_TEMPORARY_S:
-                shutil.rmtree(left, ignore_errors=True)
+        open_store(folder)
+    except DataError:
+        return False
+    return True
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:
@@ -342,7 +299,7 @@ def _open_array(folder: Path, name: str, described: Mapping[str, Any], check_has
         raise _damaged(folder, f"{path.name} is missing") from None
     if size != described["bytes"]:
         raise _damaged(folder, f"{path.name} has {size} bytes, meta.json says {described['bytes']}")
-    if check_hash and _file_sha256(path) != described["sha256"]:
+    if check_hash and sha256(path) != described["sha256"]:
         raise _damaged(folder, f"{path.name} is not what was written (sha256)")
     try:
         array = np.load(path, mmap_mode="r" if described["shape"] != [0] else None, allow_pickle=False)
@@ -388,9 +345,7 @@ def _write_array(folder: Path, name: str, array: np.ndarray | TokenFile) -> dict
             array.save(file)
         else:
             np.save(file, array, allow_pickle=False)
-        file.flush()
-        os.fsync(file.fileno())
-    return {"bytes": path.stat().st_size, "sha256": _file_sha256(path), "shape": [len(array)]}
+    return {"bytes": path.stat().st_size, "sha256": sha256(path), "shape": [len(array)]}
 
 
 def _fingerprint(described: Mapping[str, Mapping[str, Any]]) -> str:
@@ -398,25 +353,3 @@ def _fingerprint(described: Mapping[str, Mapping[str, Any]]) -> str:
     for name in ARRAYS:
         digest.update(f"{name} {described[name]['sha256']}\n".encode())
     return digest.hexdigest()
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_synced(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """fsync a folder's entries; systems that cannot open folders (Windows) are left as they are."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

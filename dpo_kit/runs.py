@@ -259,7 +259,7 @@ def remove(run: Run, yes: bool = False) -> bool:
     Raises:
         UserError: the run is live.
     """
-    if run.dir.is_symlink() or not (run.dir / "manifest.json").is_file():
+    if run.dir.is_symlink() or not manifest.is_there(run.dir):
         raise UserError(f"{run.dir} is a link, or holds no manifest.json of a run: remove it yourself")
     if run.is_live or lock.lock_owner(run.dir):
         stop = manifest.command("stop", run.dir)

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from dpo_kit import config as config_module
-from dpo_kit.errors import DataError
+from dpo_kit.errors import DataError, ExitStatus
 from dpo_kit.records import budget, checkpoints, metrics, status
 from dpo_kit.system import folders, processes
 
@@ -44,12 +44,12 @@ def act(run_dir, part, action, rank):
         return
     elif name == "checkpoint":
         folder = run_dir / "checkpoints" / f"step-{arguments[0]}"
-        staged = folders.stage(folder)
-        (staged / "data").write_text("weights")
         config = config_module.to_tree(config_module.load(run_dir / "config.yaml"))
         facts = {"step": arguments[0], "identity": {"config": config}}
-        (staged / checkpoints.STATE).write_text(json.dumps(facts))
-        folders.seal(staged, folder, folders.hashes(staged, ["data", checkpoints.STATE]))
+        with folders.staged(folder, "replace") as part:
+            (part / "data").write_text("weights")
+            (part / checkpoints.STATE).write_text(json.dumps(facts))
+            folders.seal(part, folders.hashes(part, ["data", checkpoints.STATE]))
     elif name == "attempts":  # one list of actions for each attempt; the last one for those that follow
         number = status.read_status(run_dir)["attempt"]
         for inner in arguments[min(number, len(arguments)) - 1]:
@@ -59,7 +59,7 @@ def act(run_dir, part, action, rank):
     elif name == "out of memory":
         error = RuntimeError("not enough memory")
         status.write_rank_error(run_dir, rank, error, out_of_memory=arguments[0])
-        os._exit(budget.OUT_OF_MEMORY)
+        os._exit(ExitStatus.OUT_OF_MEMORY)
     elif name == "raise":
         error = {"DataError": DataError, "ValueError": ValueError, "RuntimeError": RuntimeError}[
             arguments[0]

@@ -12,6 +12,7 @@ import pytest
 from dpo_kit import preferences
 from dpo_kit.errors import DataError
 from dpo_kit.preferences import longest_common_prefix, open_store, write_store
+from dpo_kit.system.files import sha256
 
 
 def brute_force(a, b) -> int:
@@ -150,7 +151,7 @@ def lie_about_offsets(folder):
     offsets = np.array([0, 9, 12])
     np.save(folder / "chosen_offsets.npy", offsets)
     meta = json.loads((folder / "meta.json").read_text())
-    meta["arrays"]["chosen_offsets"]["sha256"] = preferences._file_sha256(folder / "chosen_offsets.npy")
+    meta["arrays"]["chosen_offsets"]["sha256"] = sha256(folder / "chosen_offsets.npy")
     meta["fingerprint"] = preferences._fingerprint(meta["arrays"])
     (folder / "meta.json").write_text(json.dumps(meta))
 
@@ -189,7 +190,7 @@ def test_failure_while_writing_leaves_nothing(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(preferences, "_write_synced", full)
+    monkeypatch.setattr(preferences, "_write_array", full)
     with pytest.raises(DataError, match=r"cannot be written \(No space left on device\); it needs 0\.0 MiB"):
         write_store(tmp_path / "s", example_arrays(), META)
     assert list(tmp_path.iterdir()) == []
@@ -211,12 +212,12 @@ def test_the_first_of_many_builders_wins(tmp_path):
 
 
 def test_leftovers_of_a_killed_builder_go(tmp_path):
-    old, fresh = tmp_path / ".tmp-s-killed", tmp_path / ".tmp-s-at-work"
-    for left in (old, fresh):
-        left.mkdir()
-    os.utime(old, (0, 0))
+    for name in (".tmp-s-killed", ".s-killed.part", ".s-working.part"):
+        (tmp_path / name).mkdir()
+        if "killed" in name:
+            os.utime(tmp_path / name, (0, 0))
     write_store(tmp_path / "s", example_arrays(), META)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".tmp-s-at-work", "s"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".s-working.part", "s"]
 
 
 def test_store_that_is_no_set_of_pairs_is_not_written(tmp_path):

@@ -25,13 +25,13 @@ from typing import Any
 from dpo_kit import config as config_module
 from dpo_kit.config import Config, paths
 from dpo_kit.dataset import inspection, tokens
-from dpo_kit.errors import ConfigError, UserError
+from dpo_kit.errors import ConfigError, ExitStatus, UserError
 from dpo_kit.model import builtin, model_folder
 from dpo_kit.preferences import PairStore
-from dpo_kit.records import findings, resuming, status
+from dpo_kit.records import findings, manifest, resuming, status
 from dpo_kit.records.facts import read_facts
 from dpo_kit.records.findings import Finding
-from dpo_kit.system.files import atomic_write, read_json, to_json
+from dpo_kit.system.files import atomic_write, to_json
 
 _WORTH_TELLING_S = 2.0
 
@@ -54,8 +54,7 @@ def prepare(run_dir: Path) -> None:
     findings.write(run_dir, [*_inspect(config, stores), *before])
     data = {split: None if store is None else str(store.path) for split, store in stores.items()}
     atomic_write(run_dir / "data.json", to_json(data, indent=1))
-    manifest = read_json(run_dir / "manifest.json", {})
-    manifest["data"] = {
+    made = {
         split: {
             "store": str(store.path),
             "fingerprint": store.fingerprint,
@@ -65,7 +64,7 @@ def prepare(run_dir: Path) -> None:
         for split, store in stores.items()
         if store is not None
     }
-    atomic_write(run_dir / "manifest.json", to_json(manifest, indent=2))
+    manifest.update(run_dir, data=made)
 
 
 def _models(config: Config) -> list[str]:
@@ -264,10 +263,10 @@ def main(run_dir: Path) -> int:
         status.write_rank_error(run_dir, "prepare", error)
         if isinstance(error, UserError):
             print(error, flush=True)
-            return 2
+            return ExitStatus.MISTAKE
         traceback.print_exc()
-        return 1
-    return 0
+        return ExitStatus.FAILED
+    return ExitStatus.DONE
 
 
 if __name__ == "__main__":

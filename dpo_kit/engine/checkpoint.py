@@ -18,8 +18,8 @@ Not here: when a checkpoint is due (`recorder`), how the folders are named (reco
 
 from __future__ import annotations
 
+import contextlib
 import math
-import os
 import shlex
 from collections.abc import Callable
 from dataclasses import replace
@@ -42,7 +42,7 @@ from dpo_kit.records import checkpoints as records_checkpoints
 from dpo_kit.records import manifest, metrics, resuming
 from dpo_kit.records.facts import read_facts
 from dpo_kit.system import folders, machine
-from dpo_kit.system.files import atomic_write, read_json, to_json
+from dpo_kit.system.files import read_json, to_json
 
 
 def save(
@@ -61,46 +61,38 @@ def save(
 
     def begin() -> None:
         if world.is_main:
-            names[0] = str(folders.stage(folder))
+            names[0] = str(stack.enter_context(folders.staged(folder, "replace")))
 
     def write() -> None:
-        dcp.save(
-            _tensors(policy, optimizer), storage_writer=FileSystemWriter(names[0], single_file_per_rank=True)
-        )
-
-    def write_rank() -> None:
         from safetensors.torch import save_file
 
-        path = Path(names[0]) / f"rank-{world.rank}.safetensors"
-        save_file(_generators(world.device), path)
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
+        part, writer = Path(names[0]), FileSystemWriter(names[0], single_file_per_rank=True)
+        dcp.save(_tensors(policy, optimizer), storage_writer=writer)
+        save_file(_generators(world.device), part / f"rank-{world.rank}.safetensors")
         if world.is_main:
-            atomic_write(
-                Path(names[0]) / records_checkpoints.STATE,
-                to_json({**facts, "num_ranks": world.size}, indent=1),
-            )
+            text = to_json({**facts, "num_ranks": world.size}, indent=1)
+            (part / records_checkpoints.STATE).write_text(text, "utf-8")
 
     def read() -> None:  # for the hashes, shared: every rank its part of the files
-        staged = Path(names[0])
-        found.update(folders.hashes(staged, folders.file_names(staged)[world.rank :: world.size]))
+        part = Path(names[0])
+        found.update(folders.hashes(part, folders.file_names(part)[world.rank :: world.size]))
 
     def seal() -> None:
         if world.is_main:
-            folders.seal(Path(names[0]), folder, found)
+            folders.seal(Path(names[0]), found)
+            stack.close()
 
     try:
-        _together(world, begin)
-        if world.size > 1:
-            dist.broadcast_object_list(names, 0)
-        for act in (write, write_rank, read):
-            _together(world, act)
-        for part in gathered(world, found):
-            found.update(part)
-        _together(world, seal)
+        with contextlib.ExitStack() as stack:
+            _together(world, begin)
+            if world.size > 1:
+                dist.broadcast_object_list(names, 0)
+            for act in (write, read):
+                _together(world, act)
+            for part in gathered(world, found):
+                found.update(part)
+            _together(world, seal)
     except _Failed as failed:
-        if world.is_main:
-            folders.remove_leftovers(folder.parent)
         raise UserError(_why_not_saved(folder, str(failed), policy, optimizer)) from None
 
 
@@ -296,6 +288,6 @@ class Keeper:
             "config": config_module.to_tree(state.config),
         }
         if state.world.is_main:  # who alone has hashed the weights
-            weights = read_json(self.run_dir / "manifest.json", {}).get("weights", {})
+            weights = manifest.read(self.run_dir).get("weights", {})
             found["weights"] = {name: made["fingerprint"] for name, made in weights.items()}
         return found

@@ -14,10 +14,9 @@ import torch.distributed as dist
 
 from dpo_kit.config import Config
 from dpo_kit.model.parallel import World
-from dpo_kit.records import findings, metrics, status
+from dpo_kit.records import findings, manifest, metrics, run_folder, status
 from dpo_kit.records.findings import Finding
-from dpo_kit.system import folders
-from dpo_kit.system.files import atomic_write, read_json, to_json
+from dpo_kit.system.files import atomic_write, to_json
 
 PROGRESS_EVERY_S = 0.2
 
@@ -39,8 +38,7 @@ class Recorder:
         """Takes up after `step` (0: the beginning): what an interrupted attempt recorded beyond it is removed."""
         if not self.world.is_main:
             return
-        for place in (self.run_dir, self.run_dir / "exports"):
-            folders.mend(place)
+        run_folder.sweep(self.run_dir)
         for note in metrics.cut_records(self.run_dir, step, owes_evaluation=owes_evaluation):
             self.tell(note)
         if self.config.stats_logger.tensorboard:
@@ -109,12 +107,11 @@ class Recorder:
     def write_weights(self, fingerprints: dict[str, str]) -> None:
         """Adds what the run starts from to its manifest."""
         if self.world.is_main:
-            made = read_json(self.run_dir / "manifest.json", {})
-            made["weights"] = {
+            weights = {
                 name: {"path": getattr(self.config, name).path, "fingerprint": fingerprint}
                 for name, fingerprint in fingerprints.items()
             }
-            atomic_write(self.run_dir / "manifest.json", to_json(made, indent=2))
+            manifest.update(self.run_dir, weights=weights)
 
     def due(self, section: str, step: int, steps_per_epoch: int) -> bool:
         """Whether `saver` or `evaluator` is due after a step; rank 0's clock decides for all ranks."""

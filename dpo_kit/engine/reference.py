@@ -11,8 +11,6 @@ Not here: the pass itself (`step`), loading models (`state`).
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import math
 import os
@@ -22,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from filelock import FileLock
 from torch import Tensor
 
 from dpo_kit.engine import schedule, step
@@ -277,7 +276,7 @@ def add(folder: Path, keys: np.ndarray, values: np.ndarray) -> None:
     finite = np.isfinite(values).all(1)
     keys, values = keys[finite], values[finite]
     folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder):
+    with FileLock(folder / "lock"):
         for part in folder.glob("*.part"):  # of a process that ended in mid-write: nobody else writes now
             part.unlink()
         held = _read(folder)
@@ -292,16 +291,8 @@ def add(folder: Path, keys: np.ndarray, values: np.ndarray) -> None:
 
 def discard(folder: Path) -> None:
     """Forgets the values of a cache that turned out to be stale."""
-    with _alone(folder):
+    with FileLock(folder / "lock"):
         (folder / "values.npz").unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One process at a time; the system lets the next one in when this one dies."""
-    with open(folder / "lock", "w") as guard:
-        fcntl.flock(guard, fcntl.LOCK_EX)
-        yield
 
 
 def _read(folder: Path) -> tuple[np.ndarray, np.ndarray] | None:

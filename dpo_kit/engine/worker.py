@@ -27,7 +27,7 @@ from dpo_kit.engine.loop import Hooks
 from dpo_kit.engine.optimizer import make_optimizer
 from dpo_kit.engine.recorder import Recorder
 from dpo_kit.engine.state import Engine, Stopped, load_policy
-from dpo_kit.errors import UserError
+from dpo_kit.errors import ExitStatus, UserError
 from dpo_kit.model import builtin, export
 from dpo_kit.model.parallel import DTYPES, World, init_world
 from dpo_kit.preferences import open_store
@@ -137,21 +137,21 @@ def main(run_dir: Path) -> int:
         world = init_world(cuda=cuda, init_method=f"file://{os.environ['DPO_KIT_INIT_FILE']}")
         run(run_dir, world, lambda: stop)
     except Stopped:
-        status = 3
+        status = ExitStatus.STOPPED
     except UserError as error:
         write_rank_error(run_dir, rank, error)
-        status = 2
+        status = ExitStatus.MISTAKE
     except micro_batch.OutOfMemory as error:
         write_rank_error(run_dir, rank, error, out_of_memory=error.facts)
         traceback.print_exc()
-        status = budget.OUT_OF_MEMORY
+        status = ExitStatus.OUT_OF_MEMORY
     except BaseException as error:
         write_rank_error(run_dir, rank, error)
         traceback.print_exc()
-        status = 1
+        status = ExitStatus.FAILED
     else:
-        status = 0
-    if status in (0, 3):
+        status = ExitStatus.DONE
+    if status in (ExitStatus.DONE, ExitStatus.STOPPED):
         dist.destroy_process_group()
     return status
 

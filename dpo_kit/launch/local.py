@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from dpo_kit.config import Config
-from dpo_kit.errors import RunError, UserError
+from dpo_kit.errors import ExitStatus, RunError, UserError
 from dpo_kit.launch import preflight, trial, world
 from dpo_kit.records import findings, manifest, run_folder
 from dpo_kit.runs import Run
@@ -105,14 +105,16 @@ def resume_in_foreground(run: Run) -> int:
 
 def foreground(run: Run, is_done: bool) -> int:
     """Supervises a queued run in this process; its exit status."""
-    code = 0 if is_done else supervisor.supervise(run.dir, foreground=True, lines=progress.Lines(run.dir))
-    if code == 0 and not is_done and (figures := progress.last_figures(run.dir)):
+    code = ExitStatus.DONE
+    if not is_done:
+        code = supervisor.supervise(run.dir, foreground=True, lines=progress.Lines(run.dir))
+    if code == ExitStatus.DONE and not is_done and (figures := progress.last_figures(run.dir)):
         status = run.status
         if status["ended_at"] - status["started_at"] > _LONG_AGO_S:
             for finding in findings.read(run.dir):  # again, beside the figures
                 world.print_line(str(finding))
         world.print_line(figures)
-    if code != 0:
+    if code != ExitStatus.DONE:
         print(run.epitaph(), file=sys.stderr, flush=True)
     world.print_line(str(run.dir))
     return code

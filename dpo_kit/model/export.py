@@ -67,7 +67,7 @@ def write(
     if world.is_main:
         lasting = model.lm.state_dict().keys()
         state |= {name: value.cpu() for name, value in model.lm.named_buffers() if name in lasting}
-        with folders.replaced(folder) as part:
+        with folders.staged(folder, "replace") as part:
             _write_files(model, state, part, tokenizer, dtype, end_token_id, card)
     world.barrier()
 

@@ -18,7 +18,6 @@ from typing import Any
 
 from dpo_kit.system.files import atomic_write, read_json, to_json
 
-OUT_OF_MEMORY = 4  # exit status of a rank that ran out of memory
 MOST_HALVINGS = 3
 SECTIONS = ("actor", "ref")
 

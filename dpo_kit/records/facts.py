@@ -92,7 +92,7 @@ def read_facts(
     try:
         step, passed = checkpoints.newest(folder, damage or _quick_damage)
         config = config or load(run_dir / "config.yaml")
-        made, settled = read_json(run_dir / "manifest.json", {}), read_json(run_dir / "budget.json", {}) or {}
+        made, settled = manifest.read(run_dir), read_json(run_dir / "budget.json", {}) or {}
         if step is None and passed:
             return Facts(run_dir, now, config, damaged=_lost(run_dir, passed))
         trained = bool(now.get("trained")) and (run_dir / "model").is_dir()

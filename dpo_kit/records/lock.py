@@ -9,19 +9,20 @@ Deliberately not here: waiting for a lock, locks of caches.
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
 import shlex
 import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dpo_kit.errors import UserError
 from dpo_kit.records.status import REMOTE_HEARTBEAT_S, read_status
 from dpo_kit.system.files import atomic_write, read_json, to_json
 from dpo_kit.system.processes import identify, is_alive
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 
 @contextlib.contextmanager
@@ -91,12 +92,8 @@ def _is_mine(owner: dict[str, Any]) -> bool:
     return all(owner.get(key) == mine[key] for key in ("host", "pid", "create_time"))
 
 
-@contextlib.contextmanager
-def _guard(run_dir: Path) -> Iterator[None]:
+def _guard(run_dir: Path) -> FileLock:
     """One process at a time looks at the lock and writes it; the system frees it when that one dies."""
-    descriptor = os.open(Path(run_dir) / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+    from filelock import FileLock  # a hundredth of a second, for who only looks
+
+    return FileLock(Path(run_dir) / ".lock")

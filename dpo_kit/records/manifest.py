@@ -1,4 +1,6 @@
-"""What a run was made from: versions, git state, hardware, seeds, and the commands that repeat it.
+"""`manifest.json`: what a run was made from (versions, git state, hardware, seeds), and the commands that repeat it.
+
+Each room adds its part with `update`; nobody else opens the file.
 
 Deliberately not here: what the fingerprints are of (dataset/prepare, engine/worker), environment variables, which
 may hold secrets.
@@ -13,6 +15,7 @@ import platform
 import shlex
 import subprocess
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,31 @@ _PACKAGES = (
     "tokenizers",
 )
 _GIT_S = 2.0
+_FILE = "manifest.json"
+
+
+def read(run_dir: Path) -> dict[str, Any]:
+    """The manifest of a run; empty for a folder without one."""
+    return read_json(run_dir / _FILE, {})
+
+
+def update(run_dir: Path, **parts: Any) -> None:
+    """Adds parts to the manifest, in the place of those of the same names."""
+    old = read(run_dir)
+    if old | parts != old or not is_there(run_dir):
+        atomic_write(run_dir / _FILE, to_json(old | parts, indent=2))
+
+
+def renew(run_dir: Path, made: dict[str, Any], keep: Iterable[str]) -> None:
+    """Begins another manifest, with some parts of the old one."""
+    old = read(run_dir)
+    stays = {key: old[key] for key in keep if key in old}
+    atomic_write(run_dir / _FILE, to_json(stays | made, indent=2))
+
+
+def is_there(run_dir: Path) -> bool:
+    """Whether a folder has a manifest, as every run's has."""
+    return (run_dir / _FILE).is_file()
 
 
 def build(config: Config, *, named: bool, owner: str, source: str | Path | None = None) -> dict[str, Any]:
@@ -48,7 +76,7 @@ def build(config: Config, *, named: bool, owner: str, source: str | Path | None 
         source: the params file; that of another run makes this one a repetition of it.
     """
     origin = Path(source).expanduser().absolute().parent if source else None
-    is_repetition = origin is not None and (origin / "manifest.json").is_file()
+    is_repetition = origin is not None and is_there(origin)
     return {
         **({"repeats": str(origin)} if is_repetition else {}),
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -105,7 +133,7 @@ def train_command(run_dir: Path, *overrides: str, anew: bool = False, config: Co
 
 def parent(run_dir: Path) -> dict[str, Any]:
     """What a fork is of: `run`, `folder`, `step`, `overrides`; empty for a run that is none."""
-    made = read_json(run_dir / "manifest.json", {}).get("parent") or {}
+    made = read(run_dir).get("parent") or {}
     if made and not Path(made["folder"]).is_dir():
         beside = run_dir.parent.parent / made["run"]  # the runs were moved together
         made = {**made, "folder": str(beside)} if beside.is_dir() else made
@@ -120,11 +148,8 @@ def fork_again_command(parent: dict[str, Any]) -> str:
 
 
 def write_commands(run_dir: Path) -> None:
-    """Brings the commands of `manifest.json` up to date with `budget.json`."""
-    made = read_json(run_dir / "manifest.json", {})
-    commands = {"command": repeat_command(run_dir), "continue": continue_command(run_dir)}
-    if commands != {name: made.get(name) for name in commands}:
-        atomic_write(run_dir / "manifest.json", to_json(made | commands, indent=2))
+    """Brings the commands up to date with `budget.json`."""
+    update(run_dir, **{"command": repeat_command(run_dir), "continue": continue_command(run_dir)})
 
 
 def repetition(run_dir: Path) -> str:
@@ -132,11 +157,11 @@ def repetition(run_dir: Path) -> str:
 
     Compared are versions, the commit, data and weights (as far as both have recorded them), and the configuration.
     """
-    mine = read_json(Path(run_dir) / "manifest.json", {})
+    mine = read(run_dir)
     if not mine.get("repeats"):
         return ""
     origin = Path(mine["repeats"])
-    theirs = read_json(origin / "manifest.json", {})
+    theirs = read(origin)
     found: dict[str, str] = {}
     for name in ("versions", "seeds", "data", "weights"):
         if name in mine and name in theirs:
@@ -146,7 +171,7 @@ def repetition(run_dir: Path) -> str:
     before, now = (made.get("parent") for made in (theirs, mine))
     if before != now:
         found |= differences.between(fork_text(before), fork_text(now), "forked from")
-    before, now = (to_tree(load(folder / "config.yaml")) for folder in (origin, Path(run_dir)))
+    before, now = (to_tree(load(folder / "config.yaml")) for folder in (origin, run_dir))
     named = differences.between(before, now)
     found |= {key: text for key, text in named.items() if key != "trial_name"}
     what = f"{origin.parent.name}/{origin.name}"

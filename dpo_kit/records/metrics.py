@@ -1,7 +1,14 @@
-"""Every number a run records: names, units and direction, how sums over pairs become them, and their files.
+"""Every number a run records: names and units, how sums over pairs become them, and their files.
 
-The names are the seed's (`dpo/loss`, ...); charts, tables, sweeps and exports read them from here, so that
-a metric is spelled in one place. Values live in `metrics.jsonl`, one line a step, and `evaluations/step-N.jsonl`: lines
+    dpo/loss                                             nats (ipo: squared)
+    dpo/chosen_reward  rejected_reward  reward_margin    nats x beta
+    dpo/reward_accuracy  logp_accuracy                   share of pairs
+    dpo/chosen_logps  rejected_logps                     nats a response
+    dpo-eval/...                                         the same of held-out pairs
+    lr  grad_norm  step_s                                before clipping; seconds
+    tokens_per_second  pairs_per_second                  tokens of the data
+
+The names are the seed's. Values live in `metrics.jsonl`, one line a step, and `evaluations/step-N.jsonl`: lines
 are appended whole; a torn last line (a full disk, a kill) is skipped by the reader and cut by the next writer.
 
 Not here: what a run's numbers mean (view/analysis), when they are written (engine/recorder).
@@ -14,50 +21,11 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dpo_kit.errors import UserError
 from dpo_kit.system.files import atomic_write, os_error_text, to_json
-
-
-@dataclass(frozen=True)
-class Metric:
-    """One recorded number: `better` is "higher", "lower" or None where neither is better as such."""
-
-    name: str
-    title: str
-    unit: str
-    better: str | None
-
-
-METRICS: dict[str, Metric] = {
-    m.name: m
-    for m in (
-        Metric("dpo/loss", "loss", "nats (ipo: squared)", "lower"),
-        Metric("dpo/chosen_reward", "chosen reward", "nats x beta", "higher"),
-        Metric("dpo/rejected_reward", "rejected reward", "nats x beta", "lower"),
-        Metric("dpo/reward_accuracy", "reward accuracy", "share of pairs", "higher"),
-        Metric("dpo/reward_margin", "reward margin", "nats x beta", "higher"),
-        Metric("dpo/chosen_logps", "chosen log-prob", "nats a response", None),
-        Metric("dpo/rejected_logps", "rejected log-prob", "nats a response", None),
-        Metric("dpo/logp_accuracy", "log-prob accuracy", "share of pairs", "higher"),
-        Metric("lr", "learning rate", "", None),
-        Metric("grad_norm", "gradient norm before clipping", "", None),
-        Metric("tokens_per_second", "data tokens per second", "tokens/s", "higher"),
-        Metric("pairs_per_second", "pairs per second", "pairs/s", "higher"),
-        Metric("step_s", "time of a step", "s", "lower"),
-    )
-}
-
-SEED_NAMES = (
-    "dpo/loss",
-    "dpo/chosen_reward",
-    "dpo/rejected_reward",
-    "dpo/reward_accuracy",
-    "dpo/reward_margin",
-)
 
 # A margin of log-ratios up to this is rounding: float32 sums of one response differ by up to about 2e-5 nats
 # between two packings of the same batch, and policy = reference must not be read as a preference.

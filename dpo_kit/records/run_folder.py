@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import random
 import shutil
 import time
@@ -29,9 +28,10 @@ from pathlib import Path
 
 from dpo_kit.config import name_problem
 from dpo_kit.errors import UserError
+from dpo_kit.records import manifest as records_manifest
 from dpo_kit.records import status
 from dpo_kit.system import folders
-from dpo_kit.system.files import atomic_write, to_json
+from dpo_kit.system.files import atomic_write
 
 _ADJECTIVES = "amber bold brave calm clever eager fair gentle keen lively merry quick quiet steady sunny warm"
 _ANIMALS = "badger crane falcon finch fox heron lark lynx marten otter owl plover raven robin swift wren"
@@ -49,6 +49,7 @@ _WORK_FOLDERS = ("logs", "evaluations", "tensorboard", "exports", "model")
 EARLIER = "earlier"
 _WORTH_KEEPING = ("metrics.jsonl", "exports", "model")
 MADE = (*_WORTH_KEEPING, EARLIER, "checkpoints")  # what would be a loss
+_WITH_FOLDERS = ("checkpoints", ".", "exports")  # that are written as a whole
 # Given up when the disk is full, so that the last word of a run can still be written.
 _RESERVE, _RESERVE_BYTES = ".reserve", 64 * 2**10
 # Of the work files, what the ranks do not write, or what tells why an attempt ended.
@@ -113,22 +114,18 @@ def create(
     """
     while True:
         folder = of(fileroot, experiment, fresh_trial_name() if trial is None else trial)
-        staged = folder.with_name(f".{folder.name[:150]}-{os.getpid()}.part")
+        folders.sweep(folder.parent, abandoned=True)  # of a launcher that was killed here
         try:
-            for left in [staged, *folder.parent.glob(".*.part")]:  # of a launcher that was killed here
-                if left == staged or folders.is_abandoned(left):
-                    shutil.rmtree(left, ignore_errors=True)
-            staged.mkdir(parents=True)
-            (staged / "logs").mkdir()
-            atomic_write(staged / "config.yaml", config_text)
-            atomic_write(staged / "manifest.json", to_json(manifest, indent=2))
-            status.reset_status(staged)
-            if fill is not None:
-                fill(staged)
-            staged.rename(folder)  # onto an empty folder, too; onto anything else it fails
+            with folders.staged(folder, "refuse") as part:
+                (part / "logs").mkdir()
+                atomic_write(part / "config.yaml", config_text)
+                records_manifest.update(part, **manifest)
+                status.reset_status(part)
+                if fill is not None:
+                    fill(part)
             return folder
         except BaseException as error:
-            remove_folder(staged)
+            _remove_empty(folder.parent)
             if not isinstance(error, OSError):
                 raise
             if not folder.exists():
@@ -143,9 +140,24 @@ def create(
 def remove_folder(run_dir: Path) -> None:
     """Removes a run folder, and those of its experiment and of all runs when nothing else is in them."""
     shutil.rmtree(run_dir, ignore_errors=True)
+    _remove_empty(run_dir.parent)
+
+
+def _remove_empty(experiment: Path) -> None:
     with contextlib.suppress(OSError):
-        run_dir.parent.rmdir()
-        run_dir.parent.parent.rmdir()
+        experiment.rmdir()
+        experiment.parent.rmdir()
+
+
+def sweep(run_dir: Path) -> None:
+    """Clears away what killed processes left half-written. Only who owns the run may call it."""
+    for place in _WITH_FOLDERS:
+        folders.sweep(run_dir / place)
+
+
+def leftovers(run_dir: Path) -> list[Path]:
+    """What `sweep` removes."""
+    return [left for place in _WITH_FOLDERS for left in folders.leftovers(run_dir / place)]
 
 
 def clear(run_dir: Path) -> str:

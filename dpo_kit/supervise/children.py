@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_kit import config as config_module
 from dpo_kit.config import Config
+from dpo_kit.errors import ExitStatus
 from dpo_kit.records import durations
 from dpo_kit.records.status import read_status, request_stop, stop_requested, update_status
 from dpo_kit.system import files
@@ -31,7 +32,7 @@ from dpo_kit.system.processes import end_tree, identify, is_alive
 if TYPE_CHECKING:
     from dpo_kit.view.progress import Lines
 
-STOPPED = 3  # exit status of a rank that ended because it was asked to
+ENDED_WELL = (ExitStatus.DONE, ExitStatus.STOPPED)
 _POLL_S = 0.1
 _OWNERS_POLL_S = 0.5
 _HEARTBEAT_S = 5.0
@@ -90,19 +91,19 @@ def wait_for(session: Session, children: list[subprocess.Popen], grace_s: float)
             if None not in codes:
                 return codes
             now = time.monotonic()
-            if STOPPED in codes and not session.stop:  # somebody else told a rank to stop
+            if ExitStatus.STOPPED in codes and not session.stop:  # somebody else told a rank to stop
                 ask(session, stop_requested(session.run_dir) or "preempted")
             if session.stop and not told:
                 told = True
                 _signal_all(children, signal.SIGTERM)
-            if codes[0] == 0:
+            if codes[0] == ExitStatus.DONE:
                 # Rank 0 has written everything: who hangs in his good-byes is not waited for.
                 done_at = done_at or now
             if session.stop is None and _is_overdue(session, now):
                 waited, phase = now - session.moved_at, session.written["phase"]
                 session.hung = find_hung(children, session.run_dir / "logs", waited, phase)
                 return codes
-            failed = any(code not in (None, 0, STOPPED) for code in codes)
+            failed = any(code not in (None, *ENDED_WELL) for code in codes)
             if failed and not session.stop:
                 time.sleep(_LAST_WORDS_S)
                 return [child.poll() for child in children]

@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dpo_kit.errors import ExitStatus
 from dpo_kit.records import budget, checkpoints, manifest, run_folder, status
-from dpo_kit.supervise.children import Session
+from dpo_kit.supervise.children import ENDED_WELL, Session
 from dpo_kit.system import files
 
 _MOST_ROWS = 8
@@ -49,7 +50,7 @@ def rank_failure(run_dir: Path, codes: list[int | None], *, stopping: bool) -> F
         codes: exit status of every rank; None for one that the supervisor killed.
         stopping: the ranks had been asked to stop.
     """
-    own = {rank: code for rank, code in enumerate(codes) if code not in (None, 0, 3)}
+    own = {rank: code for rank, code in enumerate(codes) if code not in (None, *ENDED_WELL)}
     if stopping and (None in codes or -signal.SIGTERM in codes):
         return None  # who was ended takes its peers along: what they say is no cause
     if not own:
@@ -64,7 +65,7 @@ def rank_failure(run_dir: Path, codes: list[int | None], *, stopping: bool) -> F
     rows = _rows_told(error.get("rows") or []) if error else ""
     mistake = bool(error and error["user_mistake"])
     memory = None
-    if own[rank] == budget.OUT_OF_MEMORY:
+    if own[rank] == ExitStatus.OUT_OF_MEMORY:
         memory = (error or {}).get("out_of_memory") or {"section": "actor", "step": None}
     return Failure(f"rank {rank}: {cause}{rows} (logs/rank-{rank}.log)", mistake, rank, cause, memory)
 

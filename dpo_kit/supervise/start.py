@@ -20,8 +20,8 @@ from dpo_kit.records import lock, manifest, resuming, run_folder, status
 from dpo_kit.records.facts import read_facts
 from dpo_kit.records.resuming import Decision
 from dpo_kit.supervise import fits, headless
-from dpo_kit.system import folders, machine
-from dpo_kit.system.files import atomic_write, last_line, read_json, to_json
+from dpo_kit.system import machine
+from dpo_kit.system.files import atomic_write, last_line
 from dpo_kit.system.processes import child_variables
 
 _supervisors: dict[int, subprocess.Popen] = {}  # kept so that Python does not warn about running children
@@ -82,11 +82,9 @@ def begin(run_dir: Path, config: Config | None = None, made: dict[str, Any] | No
             fields |= {"trained": True, "total_steps": before.get("total_steps")}
         status.reset_status(run_dir, **fields)
         if config is not None:
-            old = read_json(run_dir / "manifest.json", {})
             goes_on = ("parent", "repeats", "data", "weights") if found.act != "start anew" else ()
-            stays = {key: old[key] for key in goes_on if key in old}
             atomic_write(run_dir / "config.yaml", config_module.to_yaml(config))
-            atomic_write(run_dir / "manifest.json", to_json({**stays, **(made or {})}, indent=2))
+            manifest.renew(run_dir, made or {}, keep=goes_on)
     how = {
         "finish": "is trained; what is left is done now",
         "go on": f"goes on from its last checkpoint, step-{found.step}",
@@ -100,9 +98,7 @@ def clean_up(run_dir: Path) -> None:
     """Clears away what a killed run left half-written; it may be what fills the disk."""
     with lock.unowned(run_dir) as is_free:
         if is_free and not status.is_live(status.read_status(run_dir)):
-            folders.remove_leftovers(run_dir / "checkpoints")
-            for place in (run_dir, run_dir / "exports"):
-                folders.mend(place)
+            run_folder.sweep(run_dir)
 
 
 def start_supervisor(run_dir: Path, owner: str | None = None) -> subprocess.Popen:

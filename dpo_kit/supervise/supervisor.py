@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_kit import config as config_module
-from dpo_kit.errors import UserError
+from dpo_kit.errors import ExitStatus, UserError
 from dpo_kit.records import durations, facts, lock, manifest, metrics, run_folder
 from dpo_kit.records.checkpoints import steps
 from dpo_kit.records.status import (
@@ -55,7 +55,6 @@ from dpo_kit.system.processes import identify, popen, rank_environment
 if TYPE_CHECKING:
     from dpo_kit.view.progress import Lines
 
-EXIT_CODES = {"done": 0, "stopped": 3, "preempted": 3, "failed": 1}
 # What has no state to save (prepare, samples) need not be waited for.
 _CHILD_GRACE_S = 5.0
 # `timeout` sends its signal to the process and to the group: two signals at once are one request.
@@ -71,7 +70,7 @@ def supervise(
     prepare_module: str = "dpo_kit.dataset.prepare",
     worker_module: str = "dpo_kit.engine.worker",
     samples_module: str = "dpo_kit.tools.samples",
-) -> int:
+) -> ExitStatus:
     """Runs a run folder to its end.
 
     Args:
@@ -84,7 +83,7 @@ def supervise(
         samples_module: what answers the prompts after training.
 
     Returns:
-        Exit status: 0 done, 3 stopped or preempted, 2 a user's mistake, 1 failed.
+        The exit status.
 
     Raises:
         UserError: another process runs this folder; or, in the foreground, a user's mistake was found before
@@ -103,7 +102,7 @@ def supervise(
             run_folder.remove_folder(run_dir)
             raise UserError(re.sub(r" \(logs/\S+\)$", "", message))  # the log is gone, too
         _finish(session, state, message, mistake)
-    return 2 if mistake else EXIT_CODES[state]
+    return ExitStatus.MISTAKE if mistake else ExitStatus.of(state)
 
 
 def _leaves_nothing(session: Session) -> bool:
@@ -156,13 +155,13 @@ def _prepare_and_train(
     code = _run_child(session, prepare_module, "prepare")
     if session.stop:
         return session.stop, "before training; nothing was lost", False
-    if code != 0:
+    if code != ExitStatus.DONE:
         failure = restarts.child_failure(session.run_dir, "prepare", code)
         return "failed", failure.message, failure.mistake
     codes, failed = _train(session, worker_module)
     if failed:
         return "failed", failed.message, failed.mistake
-    if codes[0] != 0:
+    if codes[0] != ExitStatus.DONE:
         return session.stop or "preempted", _how_stopped(session, codes), False
     return None
 
@@ -204,7 +203,6 @@ def _finish(session: Session, state: str, message: str, mistake: bool) -> None:
         checkpoints = session.run_dir / "checkpoints"
         for step in steps(checkpoints):
             folders.discard(checkpoints / f"step-{step}")
-        folders.remove_leftovers(checkpoints)
     if state == "done" and status.get("attempt") == 1:  # the time of broken attempts is nobody's expectation
         durations.remember_seconds(Path(session.config.cluster.fileroot), session.kind, phases)
     if session.lines:
@@ -261,7 +259,7 @@ def _train(session: Session, module: str) -> tuple[list[int | None], restarts.Fa
             failed: restarts.Failure | None = restarts.Failure(told, rank=rank, cause="hung")
         else:
             failed = restarts.rank_failure(session.run_dir, codes, stopping=session.stop is not None)
-        if codes[0] == 0:  # the model is written: how the others take their leave is no matter
+        if codes[0] == ExitStatus.DONE:  # the model is written: how the others take their leave is no matter
             return codes, None
         if failed is None or session.stop:
             return codes, failed
@@ -290,10 +288,10 @@ def _make_samples(session: Session, module: str) -> None:
         code = _run_child(session, module, "samples")
         note = (
             "made"
-            if code == 0
+            if code == ExitStatus.DONE
             else f"failed: {restarts.child_failure(session.run_dir, 'samples', code).message}"
         )
-        if session.stop and code != 0:
+        if session.stop and code != ExitStatus.DONE:
             note = "not made: the run was asked to stop"
     update_status(session.run_dir, samples=note)
     if note != "made" and session.lines:
@@ -348,7 +346,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return supervise(given.run_dir, given.owner)
     except UserError as error:
         print(error, file=sys.stderr)
-        return 2
+        return ExitStatus.MISTAKE
 
 
 if __name__ == "__main__":

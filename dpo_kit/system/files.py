@@ -1,4 +1,4 @@
-"""Small files written as a whole, and strict JSON.
+"""Small files written as a whole, their hashes, and strict JSON.
 
 Deliberately not here: what a file means (records), large stores (preferences), whole folders (`folders`).
 """
@@ -6,6 +6,7 @@ Deliberately not here: what a file means (records), large stores (preferences), 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -89,6 +90,12 @@ def read_json(path: Path, default: Any = None) -> Any:
             f"{path} holds no JSON object; the file was changed outside the kit: put it back, or remove it"
         )
     return content
+
+
+def sha256(path: Path) -> str:
+    """The sha256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 _TAIL_BYTES = 8192

@@ -1,13 +1,12 @@
-"""Folders that are whole or not there: written beside, hashed, renamed; verified before anything reads them. No torch.
+"""Folders that are whole or not there: written beside, flushed, renamed; verified before anything reads them. No torch.
 
-    checkpoints/.tmp-step-8-4711/      being written by process 4711
-    checkpoints/step-8/                whole: COMMIT.json names every other file with its size and sha256,
-                                       and its last line is the sha256 of the lines before
-    checkpoints/.trash-step-4-4711/    being removed
+    exports/best/                  whole
+    exports/.best-1f0c83ab.part    being written, or being removed
+    exports/.best-9b02d7e4.old     what a new `best/` takes the place of, between two renames
 
-A rename makes a folder and a rename unmakes it, so that a process killed at any moment leaves either. Flipped
-bits, cut and missing files are found by hash. Exports (`model/`, `exports/`) are for others and have no
-`COMMIT.json`; they too are written beside and renamed in (`replaced`).
+A rename makes a folder and a rename unmakes it, so that a process killed at any moment leaves either; what else it
+left, `sweep` clears away. A sealed folder (a checkpoint) also holds COMMIT.json, which names every other file with its
+size and sha256 and whose last line is the sha256 of the lines before: flipped bits, cut and missing files are found.
 
 Not here: which folders are checkpoints and how many stay (records/checkpoints), what is in one (engine/checkpoint).
 """
@@ -15,50 +14,100 @@ Not here: which folders are checkpoints and how many stay (records/checkpoints),
 from __future__ import annotations
 
 import contextlib
+import errno
+import glob
 import hashlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from dpo_kit.system.files import sha256
 
 COMMIT = "COMMIT.json"
 _ABANDONED_S = 3600.0
+# The last two are what versions before this one left.
+_LEFT = (".{}-*.part", ".{}-*.old", ".tmp-{}-*", ".trash-{}-*")
 
 
 # --- writing ----------------------------------------------------------------------------------------------------
 
 
-def stage(folder: Path) -> Path:
-    """An empty folder beside `folder` to write into; what killed writers left there is removed."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(folder.parent)
-    made = folder.parent / f".tmp-{folder.name}-{os.getpid()}"
-    made.mkdir()
-    return made
-
-
-def seal(staged: Path, folder: Path, files: dict[str, dict[str, Any]]) -> None:
-    """Turns a staged folder into `folder`, which a damaged one of that name makes room for.
+@contextlib.contextmanager
+def staged(
+    folder: Path,
+    if_there: Literal["replace", "keep", "refuse"],
+    is_whole: Callable[[Path], bool] = Path.is_dir,
+) -> Iterator[Path]:
+    """An empty folder to write into, which then becomes `folder`, flushed to the disk; nothing is left when that fails.
 
     Args:
-        staged: from `stage`, everything written and flushed.
-        folder: its name from now on.
+        folder: its name from then on; the parents are made.
+        if_there: whether an older one of that name is replaced, kept when it is whole, or a reason to fail.
+        is_whole: of an older one that would be kept.
+
+    Raises:
+        OSError: it cannot be written, or (`refuse`) there is something of that name.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    sweep(folder.parent, folder.name, abandoned=True)
+    part = _beside(folder, "part")
+    try:
+        part.mkdir()
+        yield part
+        for path in (part, *part.rglob("*")):
+            _flush(path)
+        old = _beside(folder, "old")
+        while not _renamed(part, folder):
+            if if_there == "refuse":
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(folder))
+            if if_there == "keep" and is_whole(folder):
+                break
+            shutil.rmtree(old, ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError):  # another writer is at it, too
+                folder.rename(old)
+        _flush(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _renamed(part: Path, folder: Path) -> bool:
+    """Whether nothing was in the way but an empty folder."""
+    try:
+        part.rename(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        return False
+    return True
+
+
+def _beside(folder: Path, kind: str) -> Path:
+    return folder.with_name(f".{folder.name}-{os.urandom(4).hex()}.{kind}")
+
+
+def _flush(path: Path) -> None:
+    """Flushes a file, or a folder's own entries, so that it survives a loss of power."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def seal(part: Path, files: dict[str, dict[str, Any]]) -> None:
+    """Adds `COMMIT.json` to a folder that is being written.
+
+    Args:
+        part: from `staged`, with everything in it.
         files: size and sha256 of each of its files, from `hashes`.
     """
     text = json.dumps({"files": files}, indent=1, sort_keys=True) + "\n"
-    with open(staged / COMMIT, "w", encoding="utf-8") as file:
-        file.write(_commit_text(text).decode())
-        file.flush()
-        os.fsync(file.fileno())
-    _sync_folders(staged)
-    if folder.exists():
-        folder.rename(_trash(folder))
-    staged.rename(folder)
-    sync_folder(folder.parent)
-    remove_leftovers(folder.parent)
+    (part / COMMIT).write_bytes(_commit_text(text))
 
 
 def _commit_text(text: str) -> bytes:
@@ -67,14 +116,7 @@ def _commit_text(text: str) -> bytes:
 
 def hashes(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Size and sha256 of some files of a folder, read from the disk."""
-    found = {}
-    for name in names:
-        with open(folder / name, "rb") as file:
-            found[name] = {
-                "size": os.fstat(file.fileno()).st_size,
-                "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
-            }
-    return found
+    return {name: {"size": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in names}
 
 
 def file_names(folder: Path) -> list[str]:
@@ -86,61 +128,50 @@ def file_names(folder: Path) -> list[str]:
     )
 
 
-def _sync_folders(top: Path) -> None:
-    """`sync_folder` of a folder and all below it."""
-    for inner in {top, *(path.parent for path in top.rglob("*"))}:
-        sync_folder(inner)
+# --- removing ---------------------------------------------------------------------------------------------------
 
 
-def sync_folder(folder: Path) -> None:
-    """Flushes a folder's own entries, so that renames in it survive a loss of power."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextlib.contextmanager
-def replaced(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which then takes the place of `folder`, flushed to the disk.
-
-    Between two renames the old folder has another name; `mend` finds it after a kill just then.
-    """
-    part = folder.with_name(f".{folder.name}-{os.getpid()}.part")
+def discard(folder: Path) -> None:
+    """Removes a folder: first its name, so that nobody finds half of one."""
+    part = _beside(folder, "part")
+    with contextlib.suppress(FileNotFoundError):  # somebody else removed it meanwhile
+        folder.rename(part)
     shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
-        yield part
-        for path in part.rglob("*"):
-            if path.is_file():
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
-        _sync_folders(part)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
-    old = folder.with_name(f".{folder.name}-{os.getpid()}.old")
-    if folder.exists():
-        folder.rename(old)
-    part.rename(folder)
-    sync_folder(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
-def mend(parent: Path) -> None:
-    """Clears away what killed writers of `replaced` left; an old folder gets its name back when that is free."""
-    for old in parent.glob(".*.old"):
-        if original(old).exists():
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            old.rename(original(old))
-    for part in parent.glob(".*.part"):
-        shutil.rmtree(part, ignore_errors=True)
+def sweep(parent: Path, name: str | None = None, *, abandoned: bool = False) -> None:
+    """Clears away what killed writers left; an old folder gets its name back when that is free.
+
+    Args:
+        parent: where they wrote.
+        name: of the folder that they wrote; any when left out.
+        abandoned: leave alone what may be at work; without it nobody else may be writing there.
+    """
+    for old in parent.glob(_LEFT[1].format(_pattern(name))):
+        if _is_only_copy(old):
+            old.rename(_original(old))
+    for path in leftovers(parent, name):
+        if not abandoned or is_abandoned(path):
+            shutil.rmtree(path, ignore_errors=True)
 
 
-def original(old: Path) -> Path:
-    """The folder that `.NAME-PID.old` was."""
+def leftovers(parent: Path, name: str | None = None) -> list[Path]:
+    """What killed writers left and nobody needs."""
+    found = [path for pattern in _LEFT for path in parent.glob(pattern.format(_pattern(name)))]
+    return sorted(path for path in found if not _is_only_copy(path))
+
+
+def _pattern(name: str | None) -> str:
+    return "*" if name is None else glob.escape(name)
+
+
+def _is_only_copy(path: Path) -> bool:
+    """Whether the writer was killed between two renames."""
+    return path.suffix == ".old" and not _original(path).exists()
+
+
+def _original(old: Path) -> Path:
+    """The folder that `.NAME-TOKEN.old` was."""
     return old.with_name(old.name[1:].rpartition("-")[0])
 
 
@@ -194,28 +225,3 @@ def damage(folder: Path, part: int = 0, parts: int = 1) -> str:
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
     return ""
-
-
-def discard(folder: Path) -> None:
-    """Removes a checkpoint: first its name, so that nobody finds half of one."""
-    trash = _trash(folder)
-    with contextlib.suppress(FileNotFoundError):  # somebody else removed it meanwhile
-        folder.rename(trash)
-    shutil.rmtree(trash, ignore_errors=True)
-
-
-def remove_leftovers(checkpoints: Path) -> None:
-    """Removes what killed writers left. Only the process that owns the run may call it."""
-    for path in leftovers(checkpoints):
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def leftovers(checkpoints: Path) -> list[Path]:
-    """What `sweep` removes."""
-    return [*checkpoints.glob(".tmp-*"), *checkpoints.glob(".trash-*")]
-
-
-def _trash(folder: Path) -> Path:
-    free = folder.parent / f".trash-{folder.name}-{os.getpid()}"
-    shutil.rmtree(free, ignore_errors=True)
-    return free

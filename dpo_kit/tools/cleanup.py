@@ -13,22 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dpo_kit.errors import UserError
-from dpo_kit.records import lock
-from dpo_kit.records.run_folder import EARLIER
+from dpo_kit.records import lock, run_folder
 from dpo_kit.runs import Run
 from dpo_kit.system.files import read_json
-from dpo_kit.system.folders import damage, discard, is_abandoned, original
+from dpo_kit.system.folders import damage, discard, is_abandoned
 from dpo_kit.system.machine import size_of, size_text
 from dpo_kit.view.html import plain_table
-
-_LEFTOVERS = (
-    "checkpoints/.t*-step-*",
-    ".*.part",
-    ".*.old",
-    "exports/.*.part",
-    "exports/.*.old",
-    f"{EARLIER}/*",
-)
 
 
 @dataclass(frozen=True)
@@ -50,13 +40,8 @@ def spare_checkpoints(runs: list[Run], keep: int) -> list[Item]:
     for run in runs:
         if run.is_live or lock.lock_owner(run.dir):
             continue
-        for pattern in _LEFTOVERS:
-            for path in sorted(run.dir.glob(pattern)):
-                if path.suffix == ".old" and not original(path).exists():
-                    continue  # the only copy, which takes its name again when the run goes on
-                found.append(
-                    Item(path, f"{run.name} {path.relative_to(run.dir)}", size_of(path), run=run.dir)
-                )
+        for path in [*run_folder.leftovers(run.dir), *sorted(run.dir.glob(f"{run_folder.EARLIER}/*"))]:
+            found.append(Item(path, f"{run.name} {path.relative_to(run.dir)}", size_of(path), run=run.dir))
         whole, stay = 0, keep if run.state == "done" else max(1, keep)  # or it would have to start anew
         for step in reversed(run.checkpoints()):
             folder = run.dir / "checkpoints" / f"step-{step}"

@@ -10,7 +10,6 @@ from dpo_kit.records import findings, lock, manifest, metrics, resuming, run_fol
 from dpo_kit.records.facts import read_facts
 from dpo_kit.records.status import read_rank_errors, steps_text
 from dpo_kit.runs import Run
-from dpo_kit.system.files import read_json
 from dpo_kit.system.machine import size_of, size_text
 from dpo_kit.view import progress
 from dpo_kit.view.html import plain_table
@@ -39,7 +38,7 @@ def list_table(fileroot: str | Path) -> str:
 
 def show_text(run: Run) -> str:
     """State, figures and places of one run."""
-    status, made = run.status, read_json(run.dir / "manifest.json", {})
+    status, made = run.status, manifest.read(run.dir)
     lines = [f"{run.name}", f"  state    {progress.describe(status)}", f"  step     {steps_text(status)}"]
     last = metrics.last_record(run.dir)
     if last:

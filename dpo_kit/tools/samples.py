@@ -21,12 +21,12 @@ from dpo_kit import config as config_module
 from dpo_kit.config import Config
 from dpo_kit.dataset import tokens
 from dpo_kit.dataset.layouts import ASSISTANT_MARK, CONVERSATION, RAW
-from dpo_kit.errors import UserError
+from dpo_kit.errors import ExitStatus, UserError
 from dpo_kit.model import builtin, model_folder
 from dpo_kit.model.pair_model import quiet
 from dpo_kit.model.parallel import DTYPES
 from dpo_kit.preferences import PairStore, open_store
-from dpo_kit.records import checkpoints, status
+from dpo_kit.records import checkpoints, manifest, status
 from dpo_kit.system import processes
 from dpo_kit.system.files import atomic_write, read_json, to_json
 
@@ -199,7 +199,7 @@ def ask(run_dir: Path, texts: Sequence[str]) -> list[dict[str, str]]:
     """
     config = config_module.load(run_dir / "config.yaml")
     # In the manifest, because the run may have been copied to where its pair store is not.
-    layout = read_json(run_dir / "manifest.json", {}).get("data", {}).get("train", {}).get("layout", RAW)
+    layout = manifest.read(run_dir).get("data", {}).get("train", {}).get("layout", RAW)
     tokenizer = builtin.load_tokenizer(builtin.ensure(config.tokenizer_path or config.actor.path))
     prompts = [prompt_ids(tokenizer, layout, text) for text in texts]
     answers = answer(config, run_dir, prompts, end_tokens(run_dir, tokenizer))
@@ -246,8 +246,8 @@ def main(run_dir: Path) -> int:
     except Exception as error:
         status.write_rank_error(run_dir, "samples", error)
         traceback.print_exc()
-        return 1
-    return 0
+        return ExitStatus.FAILED
+    return ExitStatus.DONE
 
 
 if __name__ == "__main__":

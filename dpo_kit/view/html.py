@@ -16,7 +16,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 LINE = "rgba(127,127,127,.35)"
-SHADE = "rgba(127,127,127,.10)"
 CHOSEN = "rgba(0,114,178,.22)"
 REJECTED = "rgba(213,94,0,.22)"
 SHARED = "rgba(127,127,127,.28)"

@@ -33,7 +33,11 @@ from tests.helpers import make_engine, one_rank, random_pairs, store_of, tiny_co
 ROOT = Path(__file__).parents[2]
 DATA = Path(__file__).parents[1] / "data"
 TRAIN_KEYS = [
-    *metrics.SEED_NAMES,
+    "dpo/loss",
+    "dpo/chosen_reward",
+    "dpo/rejected_reward",
+    "dpo/reward_accuracy",
+    "dpo/reward_margin",
     "dpo/chosen_logps",
     "dpo/rejected_logps",
     "lr",

@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+from filelock import FileLock, Timeout
 
 from dpo_kit.errors import UserError
 from dpo_kit.records import lock
@@ -82,6 +83,22 @@ def test_only_one_of_many_takes_a_stale_lock(tmp_path, sleeper):
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
     words = [process.communicate(timeout=60)[0].strip() for process in processes]
     assert sorted(words) == ["mine", "refused", "refused", "refused"]
+
+
+def test_who_is_killed_while_it_looks_at_the_lock_leaves_it_to_the_next(tmp_path):
+    code = (
+        "import sys, time; from pathlib import Path; from dpo_kit.records import lock\n"
+        "with lock.unowned(Path(sys.argv[1])):\n print('looks', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    with holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "looks\n"
+        with pytest.raises(Timeout):
+            FileLock(tmp_path / ".lock").acquire(blocking=False)
+        holder.kill()
+    with lock.lock(tmp_path):
+        assert lock.lock_owner(tmp_path)["pid"] == identify()["pid"]
 
 
 def test_a_process_of_another_machine_with_our_pid_is_another(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -23,11 +24,11 @@ NAMES = ("a.bin", "b.bin", ".metadata", "inner/c.bin")
 def write(folder: Path, step: int) -> Path:
     """A checkpoint whose content follows from its step."""
     target = folder / f"step-{step}"
-    staged = folders.stage(target)
-    (staged / "inner").mkdir()
-    for name in NAMES:
-        (staged / name).write_bytes(f"{name} of {step}".encode() * 1000)
-    folders.seal(staged, target, folders.hashes(staged, folders.file_names(staged)))
+    with folders.staged(target, "replace") as part:
+        (part / "inner").mkdir()
+        for name in NAMES:
+            (part / name).write_bytes(f"{name} of {step}".encode() * 1000)
+        folders.seal(part, folders.hashes(part, folders.file_names(part)))
     return target
 
 
@@ -121,17 +122,16 @@ def test_a_commit_file_that_says_something_else_is_damage(tmp_path, files):
 
 
 def test_a_folder_is_replaced_as_a_whole(tmp_path):
-    for content in ("old", "new"):
-        with folders.replaced(tmp_path / "model") as part:
+    def put(content, error=None):
+        with folders.staged(tmp_path / "model", "replace") as part:
             (part / "a.txt").write_text(content)
+            if error:
+                raise error
 
-    def fail():
-        with folders.replaced(tmp_path / "model") as part:
-            (part / "a.txt").write_text("half")
-            raise KeyError
-
+    put("old")
+    put("new")
     with pytest.raises(KeyError):
-        fail()
+        put("half", KeyError())
     assert (tmp_path / "model" / "a.txt").read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
@@ -140,7 +140,7 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path):
     "killed", ["while it wrote", "between the renames", "before the old one was removed"]
 )
 def test_what_a_kill_left_of_a_replacement_is_mended(tmp_path, killed):
-    with folders.replaced(tmp_path / "model") as part:
+    with folders.staged(tmp_path / "model", "replace") as part:
         (part / "a.txt").write_text("old")
     if killed != "before the old one was removed":
         (tmp_path / ".model-7.part").mkdir()
@@ -148,7 +148,7 @@ def test_what_a_kill_left_of_a_replacement_is_mended(tmp_path, killed):
         (tmp_path / ".model-7.old").mkdir()
     if killed == "between the renames":
         (tmp_path / "model").rename(tmp_path / ".model-7.old")
-    folders.mend(tmp_path)
+    folders.sweep(tmp_path)
     assert (tmp_path / "model" / "a.txt").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
@@ -161,12 +161,46 @@ def test_a_damaged_one_makes_room_for_the_same_step(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["step-2"]
 
 
+LEFT = (".step-4-0a1b2c3d.part", ".step-5-7.old", ".tmp-step-4-1", ".trash-step-1-1")
+
+
 def test_what_killed_writers_left_is_swept(tmp_path):
-    (tmp_path / ".tmp-step-4-1").mkdir()
-    (tmp_path / ".trash-step-1-1").mkdir()
-    assert checkpoints.steps(tmp_path) == []
+    """The last two are names that they had once."""
     write(tmp_path, 5)
+    for name in LEFT:
+        (tmp_path / name).mkdir()
+    assert checkpoints.steps(tmp_path) == [5]
+    assert [path.name for path in folders.leftovers(tmp_path)] == sorted(LEFT)
+    folders.sweep(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step-5"]
+
+
+def test_a_writer_clears_away_what_was_abandoned_and_is_of_its_own_name(tmp_path):
+    for name in (".a[1]-00.part", ".a[1]-01.part", ".b-00.part", ".tmp-a1-0"):
+        (tmp_path / name).mkdir()
+        if not name.startswith(".a[1]-01"):
+            os.utime(tmp_path / name, (0, 0))
+    with folders.staged(tmp_path / "a[1]", "refuse"):
+        pass
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == [".a[1]-01.part", ".b-00.part", ".tmp-a1-0", "a[1]"]
+
+
+@pytest.mark.parametrize(
+    ("if_there", "is_whole", "stands"),
+    [("replace", True, "new"), ("keep", True, "old"), ("keep", False, "new"), ("refuse", True, "old")],
+)
+def test_what_becomes_of_a_folder_that_another_writer_put_there_meanwhile(
+    tmp_path, if_there, is_whole, stands
+):
+    target = tmp_path / "a"
+    refused = pytest.raises(FileExistsError, match="a") if if_there == "refuse" else contextlib.nullcontext()
+    with refused, folders.staged(target, if_there, lambda folder: is_whole) as part:
+        (part / "text").write_text("new")
+        target.mkdir()
+        (target / "text").write_text("old")
+    assert (target / "text").read_text() == stands
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 WRITER = """
