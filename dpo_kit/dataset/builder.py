@@ -26,7 +26,7 @@ from dpo_kit.dataset import tokens
 from dpo_kit.dataset.pairing import IDENTICAL, TOO_LONG, UNUSABLE, Progress, Selection, collect
 from dpo_kit.dataset.rows import Source, open_source
 from dpo_kit.errors import DataError
-from dpo_kit.model import builtin
+from dpo_kit.model import model_folder
 from dpo_kit.preferences import PairStore, open_store, write_store
 from dpo_kit.system import machine
 
@@ -205,7 +205,7 @@ def _longer(plan: _Plan, report: dict[str, Any]) -> str:
 def _positions(model: str) -> int | None:
     """How many positions a model has, where it is local and its config.json says so."""
     try:
-        found = json.loads((builtin.at_hand(model) / "config.json").read_text("utf-8")).get(
+        found = json.loads((model_folder.at_hand(model) / "config.json").read_text("utf-8")).get(
             "max_position_embeddings"
         )
     except (OSError, ValueError, AttributeError):

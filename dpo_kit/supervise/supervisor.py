@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_kit import config as config_module
 from dpo_kit.errors import ExitStatus, UserError
-from dpo_kit.records import durations, lock, manifest, metrics, resuming, run_folder
+from dpo_kit.records import durations, facts, lock, manifest, metrics, run_folder
 from dpo_kit.records.checkpoints import steps
 from dpo_kit.records.status import (
     add_seconds,
@@ -109,7 +109,7 @@ def _leaves_nothing(session: Session) -> bool:
     """Whether a mistake came so early that a new folder goes: before the ranks, or a fork's before their first step."""
     is_first = read_status(session.run_dir).get("attempt") == 1
     is_early = not session.started_ranks or bool(manifest.parent(session.run_dir))
-    return is_first and is_early and resuming.is_spare(session.run_dir)
+    return is_first and is_early and facts.is_spare(session.run_dir)
 
 
 def _guarded(session: Session, modules: tuple[str, str, str]) -> tuple[str, str, bool]:

@@ -15,7 +15,7 @@ from dpo_kit import config as config_module
 from dpo_kit import dataset, preferences
 from dpo_kit.dataset import builder, pairing
 from dpo_kit.errors import DataError
-from dpo_kit.model import builtin
+from dpo_kit.model import builtin, model_folder
 from dpo_kit.preferences import longest_common_prefix
 from tests.test_preferences import brute_force
 from tests.toy_tokenizers import CHATML, TEMPLATES, save_tokenizer, toy_tokenizer
@@ -544,7 +544,7 @@ def test_report_by_hand(tmp_path, toy, configure):
 @pytest.mark.skipif(not REAL_PAIRS.exists(), reason="the HH-RLHF pairs are not beside the project")
 @pytest.mark.parametrize("named", ["toy", "smollm2-135m-instruct"])
 def test_lcp_equals_brute_force_on_the_real_pairs(toy, configure, named):
-    if named != "toy" and not builtin.cached(named):
+    if named != "toy" and not model_folder.cached(named):
         pytest.skip("the real tokenizer is not in the user cache (make setup)")
     tokenizer_path = toy if named == "toy" else builtin.ensure(named)
     with warnings.catch_warnings():
