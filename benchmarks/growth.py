@@ -109,9 +109,9 @@ def _picture(found: dict[str, list[dict[str, Any]]], path: Path) -> str:
         formula = [at + per_gflop * p["flops"] / 1e9 for p in lines]
         straight = [intercept + slope * x for x in xs]
         for name, y, mode, colour, dash in (
-            ("measured", ys, "markers", plots.VERMILLION, "solid"),
-            ("line", straight, "lines", plots.BLUE, "solid"),
-            ("formula with attention", formula, "lines", plots.GREEN, "dash"),
+            ("measured", ys, "markers", picture.VERMILLION, "solid"),
+            ("line", straight, "lines", picture.BLUE, "solid"),
+            ("formula with attention", formula, "lines", picture.GREEN, "dash"),
         ):
             figure.add_scatter(
                 x=xs,
@@ -126,9 +126,9 @@ def _picture(found: dict[str, list[dict[str, Any]]], path: Path) -> str:
             )
     figure.update_layout(template="none", height=plots.HEIGHT, margin={"l": 60, "r": 20, "t": 72, "b": 40})
     figure.update_layout(legend={"orientation": "h", "x": 0, "yref": "container", "y": 1, "yanchor": "top"})
-    figure.update_xaxes(gridcolor=plots.GRID, rangemode="tozero")
-    figure.update_yaxes(gridcolor=plots.GRID, rangemode="tozero", title_text="seconds a step", col=1)
-    figure.update_yaxes(gridcolor=plots.GRID, rangemode="tozero", col=2)
+    figure.update_xaxes(gridcolor=picture.GRID, rangemode="tozero")
+    figure.update_yaxes(gridcolor=picture.GRID, rangemode="tozero", title_text="seconds a step", col=1)
+    figure.update_yaxes(gridcolor=picture.GRID, rangemode="tozero", col=2)
     path.write_bytes(picture.png(figure, plots.WIDTH, plots.HEIGHT))
     return f"![Seconds a step against pairs a step and against length]({path.name})"
 

@@ -373,10 +373,11 @@ def _runs_stop(arguments: argparse.Namespace) -> None:
 def _runs_resume(arguments: argparse.Namespace) -> int:
     from dpo_kit import launch
     from dpo_kit.records import resuming
+    from dpo_kit.records.facts import read_facts
 
     run = _find(arguments)
     if arguments.overrides:
-        others = resuming.with_others(run.dir, arguments.overrides)
+        others = resuming.with_others(read_facts(run.dir), arguments.overrides)
         raise UserError(f"a run goes on with its own settings; for others: {others}")
     return launch.resume_in_foreground(run)
 

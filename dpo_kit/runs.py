@@ -25,6 +25,7 @@ from dpo_kit.config import Config
 from dpo_kit.errors import RunError, UserError
 from dpo_kit.records import lock, manifest, resuming, run_folder
 from dpo_kit.records.checkpoints import steps
+from dpo_kit.records.facts import read_facts
 from dpo_kit.records.metrics import read_metrics
 from dpo_kit.records.status import ENDED, effective, read_status, request_stop, steps_text
 from dpo_kit.supervise import headless, start
@@ -167,16 +168,12 @@ class Run:
         A run that is done or live is left as it is, and so says.
 
         Raises:
-            UserError: it cannot go on; nothing of it was changed.
+            UserError: it cannot go on, or does not fit here any more; nothing of it was changed.
         """
-        if self.state == "done":
-            print(f"{self.name} is done; nothing to resume", flush=True)
-        elif self.is_live:
-            print(f"{self.name} is {self.state}; nothing to resume", flush=True)
+        found = start.resume(self.dir)
+        if found.act in ("attach", "skip"):
+            print(found.told, flush=True)
         else:
-            if problem := start.resume_problem(self.dir):
-                raise UserError(problem)
-            start.begin_anew(self.dir)
             self._supervisor = start.start_supervisor(self.dir)
         return self
 
@@ -188,7 +185,7 @@ class Run:
         if status.get("message"):
             lines[0] += f": {status['message']}"
         if status.get("state") != "done":
-            lines += [f"logs: {self.dir / 'logs'}", resuming.way_on(self.dir, status)]
+            lines += [f"logs: {self.dir / 'logs'}", resuming.way_on(read_facts(self.dir))]
         return "\n".join(lines)
 
     def _follow(self, timeout: float | None, show: bool, view: Any = None) -> dict[str, Any]:

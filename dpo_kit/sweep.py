@@ -126,7 +126,9 @@ def expand(base: Config | Callable[[list[str]], Config], axes: Axes) -> list[Tri
         varied = {key: value for key, value in chosen.items() if len(axes[key]) > 1}
         name = "-".join([family, *(_in_name(key, value) for key, value in varied.items())])
         label = ", ".join(_in_label(key, value) for key, value in (varied or chosen).items()) or name
-        trials.append(Trial(label, replace(config, trial_name=run_folder.check_name("trial_name", name))))
+        if wrong := configs.name_problem(name):
+            problems.append(f"trial_name = {name!r} {wrong}")
+        trials.append(Trial(label, replace(config, trial_name=name)))
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
     return trials

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dpo_kit.model import builtin
+from dpo_kit.model import model_folder
 from dpo_kit.system.processes import end_tree
 from tests.fakes import Fakes
 from tests.ranks import Ranks
@@ -14,7 +14,7 @@ from tests.ranks import Ranks
 def model_cache(tmp_path_factory):
     """Built-in models are made in a temporary folder; what was downloaded before is linked in."""
     folder = tmp_path_factory.mktemp("models")
-    for made in builtin.cache_dir().glob("smollm2*"):
+    for made in model_folder.cache_dir().glob("smollm2*"):
         if made.is_dir():
             (folder / made.name).symlink_to(made, target_is_directory=True)
     with pytest.MonkeyPatch.context() as patch:

@@ -61,7 +61,7 @@ class Ranks:
 
     def close(self) -> None:
         """Ends the ranks; the next call starts new ones."""
-        ranks.end_ranks(self.processes)
+        processes.end_children(self.processes)
         for pipe in self.pipes:
             pipe.close()
         self.processes, self.pipes = [], []

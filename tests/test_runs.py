@@ -102,11 +102,11 @@ def test_resume_leaves_a_live_run_alone(long_run, capsys):
     assert "is running; nothing to resume" in capsys.readouterr().out
 
 
-def test_two_processes_cannot_begin_anew_at_once(fakes):
+def test_two_processes_cannot_begin_at_once(fakes):
     run = finished(fakes, "one", "failed")
-    supervise_start.begin_anew(run.dir)
+    supervise_start.begin(run.dir)
     with pytest.raises(UserError, match="is being started by another process"):
-        supervise_start.begin_anew(run.dir)
+        supervise_start.begin(run.dir)
 
 
 def test_a_supervisor_that_cannot_start_is_told(fakes, monkeypatch):

@@ -61,11 +61,11 @@ def name_problem(name: str) -> str | None:
     """What is wrong with the name of an experiment or trial, which is a folder of its own; None when fine."""
     if not name:
         return "is empty; give a name"
-    if len(name) > 128 or len(name.encode(errors="replace")) > 255:
-        return f"is {len(name)} characters long; use at most 128 (255 bytes)"
+    if len(name) > 128 or len(name.encode(errors="replace")) > 200:
+        return f"is {len(name)} characters long; use at most 128 (200 bytes)"
     if "/" in name or "\\" in name or ".." in name:
         return "is a path; it names one folder, so leave out '/', '\\' and '..'"
-    if name[0] in "-.":
+    if name[0] in "-.~":
         return f"starts with {name[0]!r}; start with a letter or digit"
     if not name.isprintable() or name != name.strip():
         return "has control characters or white space at an end; leave them out"

@@ -14,12 +14,10 @@ Deliberately not here: reading files (`rows.py`), what columns mean (`layouts.py
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +26,7 @@ from dpo_kit.dataset import tokens
 from dpo_kit.dataset.pairing import IDENTICAL, TOO_LONG, UNUSABLE, Progress, Selection, collect
 from dpo_kit.dataset.rows import Source, open_source
 from dpo_kit.errors import DataError
-from dpo_kit.model import builtin
+from dpo_kit.model import model_folder
 from dpo_kit.preferences import PairStore, open_store, write_store
 from dpo_kit.system import machine
 
@@ -106,20 +104,6 @@ def build(config: Config, split: str = "train", progress: Progress | None = None
         "report": report,
     }
     return write_store(folder, arrays, meta)
-
-
-@contextlib.contextmanager
-def progress_bar(title: str = "build pairs") -> Iterator[Progress]:
-    """A progress bar for the shell and for notebooks: `with progress_bar() as p: build(config, progress=p)`."""
-    from tqdm.auto import tqdm
-
-    with tqdm(desc=title, unit=" rows") as bar:
-
-        def progress(done: int, total: int | None) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield progress
 
 
 def _plan(config: Config, split: str) -> _Plan:
@@ -221,7 +205,7 @@ def _longer(plan: _Plan, report: dict[str, Any]) -> str:
 def _positions(model: str) -> int | None:
     """How many positions a model has, where it is local and its config.json says so."""
     try:
-        found = json.loads((builtin.at_hand(model) / "config.json").read_text("utf-8")).get(
+        found = json.loads((model_folder.at_hand(model) / "config.json").read_text("utf-8")).get(
             "max_position_embeddings"
         )
     except (OSError, ValueError, AttributeError):

@@ -29,6 +29,7 @@ from dpo_kit.errors import ConfigError, ExitStatus, UserError
 from dpo_kit.model import builtin, model_folder
 from dpo_kit.preferences import PairStore
 from dpo_kit.records import findings, manifest, resuming, status
+from dpo_kit.records.facts import read_facts
 from dpo_kit.records.findings import Finding
 from dpo_kit.system.files import atomic_write, to_json
 
@@ -38,7 +39,7 @@ _WORTH_TELLING_S = 2.0
 def prepare(run_dir: Path) -> None:
     """Does all of it; see the module."""
     config = config_module.load(run_dir / "config.yaml")
-    ready = all(builtin.cached(path) for path in _models(config) if path in builtin.NAMES)
+    ready = all(model_folder.cached(path) for path in _models(config) if path in model_folder.NAMES)
     status.write_progress(run_dir, phase="convert model", expected_s=1.0 if ready else None)
     make_models(config)
     status.write_progress(run_dir, phase="build pairs")
@@ -46,10 +47,10 @@ def prepare(run_dir: Path) -> None:
     report(stores)
     check_lengths(config, stores)
     check_values(config, _percent(run_dir))  # after the data, so that bad data leave nothing behind
-    at = resuming.point(run_dir)
-    if at and (problem := resuming.refusal(run_dir, at, config, fingerprints(config, stores))):
+    run = read_facts(run_dir, config)
+    if problem := resuming.refusal(run, config, fingerprints(config, stores) if run.at else None):
         raise UserError(problem)
-    before = [found for found in findings.read(run_dir) if at and found.name in findings.OF_RANKS]
+    before = [found for found in findings.read(run_dir) if run.at and found.name in findings.OF_RANKS]
     findings.write(run_dir, [*_inspect(config, stores), *before])
     data = {split: None if store is None else str(store.path) for split, store in stores.items()}
     atomic_write(run_dir / "data.json", to_json(data, indent=1))
@@ -125,7 +126,7 @@ def fingerprints(config: Config, stores: dict[str, Any]) -> dict[str, Any]:
 
 def _inspect(config: Config, stores: dict[str, Any]) -> Iterator[Finding]:
     """The checks that every run makes; for a reader of its figures."""
-    made = model_folder.read_config(model_folder.snapshot(config.actor.path))
+    made = model_folder.read_config(builtin.folder(config.actor.path))
     yield from inspection.settings(config, made)
     yield from inspection.pairs(stores["train"], stores["valid"])
     own = builtin.load_tokenizer(config.actor.path) if config.tokenizer_path != config.actor.path else None
@@ -144,7 +145,7 @@ def check_models(config: Config) -> None:
     problems = []
     for field, path in _weights(config).items():
         try:
-            pair_model.check(model_folder.snapshot(path))
+            pair_model.check(builtin.folder(path))
         except UserError as error:
             problems.append(f"{field}: {error}")
     if problems:
@@ -159,15 +160,15 @@ def check_tokenizers(config: Config) -> None:
     """
     from dpo_kit.model import pair_model
 
-    own = tokens.load_tokenizer(config.tokenizer_path)[1].get_vocab()
-    if config.ref.path != config.tokenizer_path:
-        other = tokens.load_tokenizer(config.ref.path)[1].get_vocab()
-        if own != other:
-            raise ConfigError([tokens.vocabulary_problem(config, own, other)])
+    def vocabulary(path: str) -> dict[str, int]:
+        return tokens.load_tokenizer(path)[1].get_vocab()
+
+    if problems := tokens.vocabulary_problems(config, vocabulary):
+        raise ConfigError(problems)
+    own = vocabulary(config.tokenizer_path)
     last = max(own, key=lambda token: own[token])
-    problems = []
     for field, path in _weights(config).items():
-        rows = getattr(pair_model.text_config(model_folder.snapshot(path)), "vocab_size", None)
+        rows = getattr(pair_model.text_config(builtin.folder(path)), "vocab_size", None)
         if rows is not None and own[last] >= rows:
             problems.append(
                 f"tokenizer_path = {config.tokenizer_path!r} has token ids up to {own[last]} ({last!r}), and the"
@@ -204,7 +205,7 @@ def check_lengths(config: Config, stores: dict[str, PairStore | None]) -> None:
 
     problems = []
     for field, path in _weights(config).items():
-        most = pair_model.positions(pair_model.text_config(model_folder.snapshot(path)))
+        most = pair_model.positions(pair_model.text_config(builtin.folder(path)))
         for split, store in stores.items():
             longest = 0 if store is None else int(store.all_lengths()[:, 1:].max())
             if most is not None and longest > most:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -337,11 +337,20 @@ def load_tokenizer(named: str) -> tuple[str, Any]:
         ) from None
 
 
-def vocabulary_problem(config: Config, own: dict[str, int], other: dict[str, int]) -> str:
-    """The message for two vocabularies (token -> id) that differ."""
+def vocabulary_problems(config: Config, vocabulary: Callable[[str], dict[str, int] | None]) -> list[str]:
+    """Why the reference would not read the policy's tokens; nothing when it does, or that cannot be told.
+
+    Args:
+        vocabulary: token -> id of the tokenizer in a folder; None where it is not to be had.
+    """
+    if config.ref.path == config.tokenizer_path:
+        return []
+    own, other = vocabulary(config.tokenizer_path), vocabulary(config.ref.path)
+    if own is None or other is None or own == other:
+        return []
     tokens = own.keys() | other.keys()
     differing = sum(own.get(token) != other.get(token) for token in tokens)
-    return (
+    return [
         f"ref.path = {config.ref.path!r} has another tokenizer than {config.tokenizer_path!r}: {differing} of"
         f" {len(tokens)} tokens differ; use a reference of the same family, by default ${{actor.path}}"
-    )
+    ]

@@ -22,6 +22,7 @@ import contextlib
 import math
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,13 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
 from dpo_kit import config as config_module
-from dpo_kit.config import steps
 from dpo_kit.engine.recorder import Recorder
 from dpo_kit.engine.state import Engine
 from dpo_kit.errors import UserError
 from dpo_kit.model.parallel import World, masters, publish
 from dpo_kit.records import checkpoints as records_checkpoints
 from dpo_kit.records import manifest, metrics, resuming
+from dpo_kit.records.facts import read_facts
 from dpo_kit.system import folders, machine
 from dpo_kit.system.files import read_json, to_json
 
@@ -91,7 +92,7 @@ def load(folder: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, worl
     """Puts a verified checkpoint into a model and its new optimizer; a collective.
 
     Args:
-        folder: `checkpoints/step-N`, which `newest` has verified.
+        folder: `checkpoints/step-N`, which `damage` has verified.
 
     Returns:
         The `facts` of `save`, with `num_ranks`.
@@ -106,17 +107,10 @@ def load(folder: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, worl
     return facts
 
 
-def newest(checkpoints: Path, world: World) -> tuple[int | None, list[str]]:
-    """The latest whole checkpoint's step, and a line on each damaged one that was passed over; a collective.
-
-    The same on every rank; each reads its part of the files.
-    """
-
-    def damage(folder: Path) -> str:
-        problems = world.gather(folders.damage(folder, world.rank, world.size))
-        return next((problem for problem in problems if problem), "")
-
-    return records_checkpoints.newest(checkpoints, damage)
+def damage(folder: Path, world: World) -> str:
+    """What is wrong with a checkpoint, by every hash; empty when it is whole. A collective: each reads its part."""
+    problems = world.gather(folders.damage(folder, world.rank, world.size))
+    return next((problem for problem in problems if problem), "")
 
 
 def needed_bytes(policy: nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -227,17 +221,19 @@ class Keeper:
         engine = self.engine
         if records_checkpoints.steps(self.folder):
             self.recorder.progress("checkpoint")
-        step, damaged = newest(self.folder, engine.world)
-        if step is None:
-            # To begin at the first step is right for a run that had no checkpoint, and for no other.
-            if lost := resuming.lost(self.run_dir, damaged):
-                raise UserError(lost)
+        found = read_facts(self.run_dir, engine.config, lambda folder: damage(folder, engine.world))
+        # To begin at the first step is right for a run that had no checkpoint, and for no other.
+        found = replace(found, num_pairs=len(engine.train))
+        content = self._identity() if found.at else None
+        problems = engine.world.gather(resuming.refusal(found, engine.config, content))
+        if any(problems):
+            raise UserError(next(text for text in problems if text))
+        if not found.whole:
             return 0, False
-        if damaged:
-            self.recorder.tell(f"{'; '.join(damaged)}; falling back to step-{step}")
-        folder = self.folder / f"step-{step}"
-        self._check(resuming.at_step(self.run_dir, step))
-        facts = load(folder, engine.policy, self.optimizer, engine.world)
+        step = found.whole[0]
+        if found.passed:
+            self.recorder.tell(f"{'; '.join(found.passed)}; falling back to step-{step}")
+        facts = load(self.folder / f"step-{step}", engine.policy, self.optimizer, engine.world)
         self.saved = step
         # A fork has no `exports/best` yet, and its losses may be of another kind.
         is_fork = manifest.parent(self.run_dir).get("step") == step
@@ -279,11 +275,3 @@ class Keeper:
             weights = manifest.read(self.run_dir).get("weights", {})
             found["weights"] = {name: made["fingerprint"] for name, made in weights.items()}
         return found
-
-    def _check(self, at: resuming.Point) -> None:
-        config, content = self.engine.config, self._identity()
-        total = steps.num_steps(config, len(self.engine.train))
-        problem = resuming.refusal(self.run_dir, at, config, content, total=total)
-        problems = self.engine.world.gather(problem)
-        if any(problems):
-            raise UserError(next(text for text in problems if text))

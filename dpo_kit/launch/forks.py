@@ -15,6 +15,7 @@ from dpo_kit import config as config_module
 from dpo_kit.errors import ConfigError, UserError
 from dpo_kit.launch import local, preflight, trial, world
 from dpo_kit.records import checkpoints, manifest, metrics, resuming, run_folder
+from dpo_kit.records.facts import at_step, read_facts
 from dpo_kit.runs import Run
 from dpo_kit.system import folders
 
@@ -37,17 +38,18 @@ def fork(parent: Run, step: int | None = None, overrides: Sequence[str] = ()) ->
     # The parent may have been moved since it wrote where its root is.
     root = f"cluster.fileroot={parent.dir.parent.parent}"
     config = config_module.load(parent.dir / "config.yaml", ["trial_name=null", root, *overrides])
-    problems = resuming.fork_problems(parent.config, config, step, resuming.last_step(parent.dir, config))
+    run, own = read_facts(parent.dir), parent.config
+    problems = resuming.fork_problems(own, config, step, resuming.last_step(run, config))
     if problems:
         raise ConfigError(problems)
     named = config.trial_name is not None
     config = world.resolve_world(config)
     config = replace(config, trial_name=config.trial_name or run_folder.fresh_trial_name())
-    at = resuming.at_step(parent.dir, step).forked(config)
-    if problem := resuming.refusal(parent.dir, at, config):
+    run = replace(run, at=at_step(parent.dir, step, own).forked(config))
+    if problem := resuming.refusal(run, config):
         raise UserError(problem)
     preflight.check(config)
-    trial.compare_content(parent.dir, at, config)
+    trial.compare_content(run, config)
     made = manifest.build(config, named=named, owner="foreground")
     settings = [text for text in overrides if not text.startswith("trial_name=")]
     made["parent"] = {"run": parent.name, "folder": str(parent.dir), "step": step, "overrides": settings}

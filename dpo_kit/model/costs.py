@@ -13,11 +13,13 @@ step is three forwards; what is run again to save memory is no useful work. Not 
 from __future__ import annotations
 
 import copy
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dpo_kit.config import Config
+from dpo_kit.system.machine import size_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -212,6 +214,59 @@ def _state_bytes(config: Config) -> int:
     if config.actor.dtype == "float64":
         return 8
     return DTYPE_BYTES[config.actor.optimizer.state_dtype]
+
+
+def memory_problem(
+    shape: Shape, config: Config, *, num_ranks: int, tokens: int, longest: int, free_bytes: int
+) -> str:
+    """Why a step does not fit in memory, and a setting that does; empty when it fits.
+
+    Args:
+        num_ranks: data-parallel ranks.
+        tokens: tokens run in the largest micro-batch.
+        longest: tokens run for the longest pair, which a micro-batch must hold.
+        free_bytes: of one rank.
+    """
+    needed = sum(step_bytes(shape, config, num_ranks=num_ranks, tokens=tokens).values())
+    if needed <= free_bytes:
+        return ""
+    is_cpu = _device(config) == "cpu"
+    where, times = (f"{num_ranks} CPU rank{'s' * (num_ranks > 1)}", num_ranks) if is_cpu else ("a device", 1)
+    what = f"a step with {tokens} tokens a micro-batch needs"
+    if tokens <= longest:
+        what = "weights, optimizer and the longest pair need"
+    return (
+        f"actor.path = {config.actor.path!r}: {what} {times * needed / 2**30:.2f} GiB on {where}, and"
+        f" {times * free_bytes / 2**30:.2f} GiB are free; "
+        + remedy(shape, config, num_ranks=num_ranks, free_bytes=free_bytes, longest=longest)
+    )
+
+
+def disk_need(
+    shape: Shape, config: Config, *, checkpoints: int, models: int, free_bytes: int, other_bytes: int = 0
+) -> tuple[str, str]:
+    """What a run writes and what is free, in words, and why that does not fit; the second is empty when it does.
+
+    Args:
+        checkpoints: that lie on the disk at once.
+        models: exports and the final model.
+        free_bytes: below `cluster.fileroot`.
+        other_bytes: of pairs and records.
+    """
+    needed = checkpoints * checkpoint_bytes(shape, config) + other_bytes
+    needed += models * shape.params * DTYPE_BYTES[config.actor.dtype]
+    told = (
+        f"{checkpoints} checkpoint{'s' * (checkpoints != 1)} and {models} model{'s' * (models > 1)} need"
+        f" {size_text(needed)}, and {size_text(free_bytes)} are free"
+    )
+    where, fewer = shlex.quote(config.cluster.fileroot), "recover.keep=1"
+    if models > 1 + config.saver.best:
+        fewer += ", saver.freq_steps=null saver.freq_epochs=null"
+    problem = (
+        f"cluster.fileroot = {config.cluster.fileroot!r}: {told}; use {fewer}, free space (dpo-kit runs prune"
+        f" --fileroot {where}, dpo-kit cache rm --fileroot {where}), or another cluster.fileroot"
+    )
+    return told, problem if needed > free_bytes else ""
 
 
 def remedy(shape: Shape, config: Config, *, num_ranks: int, free_bytes: int, longest: int) -> str:

@@ -5,7 +5,7 @@ names; other safetensors beside them are none of the model's. A header gives eac
 place in the file, in milliseconds whatever the size.
 
 Deliberately not here: whether the weights are the model that config.json describes (`pair_model.check`), loading them
-(`pair_model`), how a built-in model is made (`builtin`).
+(`pair_model`), making built-in models (`builtin`).
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ import functools
 import hashlib
 import json
 import math
+import os
 import struct
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_kit.errors import UserError
-from dpo_kit.model import builtin
+from dpo_kit.model.costs import Shape
 from dpo_kit.system import hub
 from dpo_kit.system.files import atomic_write, read_json
 
@@ -30,6 +32,12 @@ if TYPE_CHECKING:
     import numpy as np
 
 
+SMOLLM2 = "smollm2-135m-instruct"
+TINY = "tiny-random"
+NAMES = frozenset({SMOLLM2, TINY})
+# The last figure counts the conversion of `builtin`: raise it when what `_make_*` writes changes.
+FOLDERS = {SMOLLM2: f"{SMOLLM2}-0.1.2-1", TINY: f"{TINY}-1"}
+MANIFEST = "dpo_kit.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Small files that belong to a model: tokenizer, chat template, generation config, licence.
 _SMALL = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
@@ -61,8 +69,36 @@ class Weight:
     end: int
 
 
+def cache_dir() -> Path:
+    """Where built-in models are kept: `$DPO_KIT_CACHE`, else `dpo-kit` in the platform's user cache."""
+    own = os.environ.get("DPO_KIT_CACHE")
+    if own:
+        return Path(own).expanduser()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "dpo-kit"
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "dpo-kit"
+
+
+def cached(name: str) -> bool:
+    """Whether a built-in name is complete in the cache, so that `builtin.ensure` would return at once."""
+    if name not in NAMES:
+        return False
+    folder = cache_dir() / FOLDERS[name]
+    try:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+        return all((folder / file).stat().st_size == size for file, size in files.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def at_hand(path: str) -> Path:
+    """Where a model lies if it is here already: a built-in one in the cache, else the path as it is."""
+    return cache_dir() / FOLDERS[path] if cached(path) else Path(path)
+
+
 def snapshot(path: str, *, weights: bool = True) -> Path:
-    """The local folder of a model: a built-in name's, a folder as it is, a hub id through the hub's cache.
+    """The local folder of a model: a folder as it is, a hub id through the hub's cache.
 
     Args:
         weights: fetch them, too, not only the small files.
@@ -70,7 +106,6 @@ def snapshot(path: str, *, weights: bool = True) -> Path:
     Raises:
         UserError: no such folder and the hub cannot be reached or does not know it.
     """
-    path = builtin.ensure(path)
     return Path(path) if Path(path).is_dir() else _fetched(path, weights)
 
 
@@ -142,6 +177,23 @@ def config_in_effect(folder: Path) -> dict[str, Any]:
         with contextlib.suppress(UserError):
             tied = not has_own_head(tensors(folder))
     return {**made, "tie_word_embeddings": tied}
+
+
+def read_shape(path: str) -> Shape:
+    """The sizes of a model that is at hand.
+
+    Raises:
+        UserError: it has no config.json that can be read, or one of a kind whose size is not known.
+    """
+    made = config_in_effect(at_hand(path))
+    try:
+        return Shape.of(made)
+    except (KeyError, ValueError) as error:
+        what = f"no {error.args[0]}" if isinstance(error, KeyError) else f"a size that is none ({error})"
+        raise UserError(
+            f"actor.path = {path!r}: its config.json has {what}, so its size is not known;"
+            " llama, qwen2, qwen3 and mistral models can be estimated"
+        ) from error
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -87,7 +87,7 @@ def why_unpacked(path: str, longest_tokens: int) -> str:
         path: local folder, hub id or built-in name.
         longest_tokens: longest text of the data.
     """
-    return attention.unsupported(_config(model_folder.snapshot(path)), longest_tokens)
+    return attention.unsupported(_config(builtin.folder(path)), longest_tokens)
 
 
 def load(
@@ -114,7 +114,7 @@ def load(
     Raises:
         UserError: see `check`.
     """
-    folder = model_folder.snapshot(path)
+    folder = builtin.folder(path)
     check(folder)
     config = _config(folder)
     # A float64 or frozen model is kept in the dtype it computes in; a trained one in fp32 at least.

@@ -19,15 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_kit.errors import UserError
 from dpo_kit.plots import picture
+from dpo_kit.plots.picture import BLUE, GREEN, GRID, INK, PALETTE, PURPLE, VERMILLION, ZERO
 from dpo_kit.records import metrics
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 
-BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
-PALETTE = (BLUE, VERMILLION, GREEN, PURPLE, "#E69F00", "#56B4E9", "#000000")
-GRID, INK = "#E3E3E3", "#222222"
 # JupyterLab shows the PNG, pixel for pixel, until the pointer is over the chart: hence no scaling.
 WIDTH, HEIGHT = 840, 340
 _MOST_TICKS = 7
@@ -177,7 +175,7 @@ def _finish(figure: go.Figure, height: int, legend_rows: int = 1) -> None:
     )
     last = max((x for trace in figure.data for x in trace.x if x is not None), default=0)
     figure.update_xaxes(gridcolor=GRID, zeroline=False, rangemode="tozero", dtick=_tick(last))
-    figure.update_yaxes(gridcolor=GRID, zerolinecolor="#9A9A9A", automargin=True)
+    figure.update_yaxes(gridcolor=GRID, zerolinecolor=ZERO, automargin=True)
     figure.update_xaxes(title_font_size=13)
     figure.update_yaxes(title_font_size=13)
     figure.update_annotations(font_size=13)

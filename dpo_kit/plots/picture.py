@@ -43,8 +43,9 @@ _SYMBOLS = {
     "triangle-down": "v",
     "star": "*",
 }
-_INK, _GRID, _ZERO = "#222222", "#E3E3E3", "#9A9A9A"
-_CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+PALETTE = (BLUE, VERMILLION, GREEN, PURPLE, "#E69F00", "#56B4E9", "#000000")
+INK, GRID, ZERO = "#222222", "#E3E3E3", "#9A9A9A"
 _X_MARGIN, _Y_MARGIN = 0.02, 0.06  # of the span of the data
 _MOST_TICKS = 40
 # Of a legend, in pixels: a letter on average, what stands before a name, a row.
@@ -92,7 +93,7 @@ def _draw(drawn: Any, figure: Any, width: int, height: int) -> None:
         _draw_legend(drawn, handles, panels.box, width, height)
     if title := figure.layout.title.text:
         y = 1 - _or(figure.layout.margin.t, 100) / 2 / height
-        look: dict[str, Any] = {"fontsize": _points(17), "color": _INK, "va": "center", "parse_math": False}
+        look: dict[str, Any] = {"fontsize": _points(17), "color": INK, "va": "center", "parse_math": False}
         drawn.text(0.05, y, traces.shown(title), **look)
 
 
@@ -161,7 +162,7 @@ class _Panels:
         if trace.visible in (False, "legendonly"):
             return None
         layout = self.figure.layout
-        cycle = layout.colorway or layout.template.layout.colorway or _CYCLE
+        cycle = layout.colorway or layout.template.layout.colorway or PALETTE
         draw = {"scatter": self._scatter, "bar": self._bar, "heatmap": self._heatmap}[trace.type]
         handle = draw(trace, cycle[number % len(cycle)])
         wanted = trace.showlegend if trace.showlegend is not None else trace.type != "heatmap"
@@ -256,7 +257,7 @@ class _Panels:
         """Ranges, ticks, titles and grid of every panel, once all traces are drawn."""
         for key, axes in self.axes.items():
             axes.set_axisbelow(True)
-            axes.tick_params(colors=_INK, labelsize=_points(12), length=0)
+            axes.tick_params(colors=INK, labelsize=_points(12), length=0)
             for side in axes.spines.values():
                 side.set_visible(False)
             for name, own in zip(key, (axes.xaxis, axes.yaxis), strict=True):
@@ -271,9 +272,9 @@ class _Panels:
         if given.visible is False:
             own.set_visible(False)
             return
-        own.set_label_text(traces.shown(given.title.text), fontsize=_points(13), color=_INK, parse_math=False)
+        own.set_label_text(traces.shown(given.title.text), fontsize=_points(13), color=INK, parse_math=False)
         if given.showgrid is not False and name not in self.filled:
-            own.grid(True, color=traces.colour(given.gridcolor) or _GRID, linewidth=0.8)
+            own.grid(True, color=traces.colour(given.gridcolor) or GRID, linewidth=0.8)
         if name in self.categories:
             own.set_ticks(range(len(self.categories[name])))
             own.set_ticklabels([traces.shown(t) for t in self.categories[name]], parse_math=False)
@@ -284,7 +285,7 @@ class _Panels:
         is_inside = min(low, high) < 0 < max(low, high) and name not in {*self.categories, *self.filled}
         if given.zeroline is not False and is_inside:
             line = axes.axvline if which == "x" else axes.axhline
-            line(0, color=traces.colour(given.zerolinecolor) or _ZERO, linewidth=0.8, zorder=1)
+            line(0, color=traces.colour(given.zerolinecolor) or ZERO, linewidth=0.8, zorder=1)
 
     def _range(self, name: str, given: Any) -> tuple[float, float]:
         """From the layout, or around the values of the axis and of those that must match it."""
@@ -351,7 +352,7 @@ def _write_annotation(drawn: Any, panels: _Panels, note: Any) -> None:
         "fontsize": _points(_or(note.font.size, 13)),
         "rotation": -_or(note.textangle, 0),
     }
-    drawn.text(x, y, traces.shown(note.text), ha=across, va=along, color=_INK, parse_math=False, **style)
+    drawn.text(x, y, traces.shown(note.text), ha=across, va=along, color=INK, parse_math=False, **style)
 
 
 def _draw_legend(
@@ -379,7 +380,7 @@ def _draw_legend(
         ncols=columns,
         frameon=False,
         fontsize=_points(13),
-        labelcolor=_INK,
+        labelcolor=INK,
         handlelength=2.2,
         handletextpad=0.5,
         columnspacing=1.2,

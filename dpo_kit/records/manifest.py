@@ -106,13 +106,14 @@ def command(verb: str, run_dir: Path, *words: str) -> str:
     return shlex.join(["dpo-kit", "runs", verb, str(run_dir), *words])
 
 
-def train_command(run_dir: Path, *overrides: str, anew: bool = False) -> str:
+def train_command(run_dir: Path, *overrides: str, anew: bool = False, config: Config | None = None) -> str:
     """The command that starts this trial again with other settings, wherever its folder is now.
 
     Args:
         run_dir: the run folder.
         overrides: dotted assignments.
         anew: another run of the same settings instead, under a fresh name.
+        config: its own, where it is at hand.
     """
     words = ["dpo-kit", "train", "--config", str(run_dir / "config.yaml")]
     if anew:
@@ -123,7 +124,7 @@ def train_command(run_dir: Path, *overrides: str, anew: bool = False) -> str:
         "trial_name": run_dir.name,
     }
     with contextlib.suppress(UserError):
-        config = load(run_dir / "config.yaml")
+        config = config or load(run_dir / "config.yaml")
         written = (config.cluster.fileroot, config.experiment_name, config.trial_name)
         places = {key: now for (key, now), was in zip(places.items(), written, strict=True) if now != was}
     moved = [f"{key}={value}" for key, value in places.items()]

@@ -1,147 +1,164 @@
 """May a run go on, from where, and what may be done where it may not? One answer for launchers, prepare and ranks.
 
-    at = resuming.point(run_dir)                         the checkpoint that the ranks would take
-    problem = resuming.refusal(run_dir, at, config, content)      in words, with ways on that work; "" when it may
+    run = read_facts(run_dir)                            what its folder says (records/facts)
+    found = resuming.decide(run, config)                 attach, skip, go on, finish, start anew, or refuse with words
+    problem = resuming.refusal(run, config, content)     the part of it that prepare and ranks verify; "" when it may
 
-Everything here reads and nothing writes, so that a launcher compares first and writes after. Content is compared by
+Nothing here reads the folder: a launcher compares first, and `supervise/start` acts after. Content is compared by
 fingerprints that somebody else makes (`prepare.content`): a launcher only where it is given other places (`moved`), the
 prepare step always, before it leaves anything for the ranks, and those once more.
 
-Deliberately not here: what makes two runs the same (config/differences), making content (dataset/prepare),
-starting (launch), torch.
+Deliberately not here: what makes two runs the same (config/differences), making content (dataset/prepare), torch.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from dpo_kit import config as config_module
-from dpo_kit.config import Config, differences
+from dpo_kit.config import Config, differences, from_tree, to_tree
 from dpo_kit.errors import UserError
-from dpo_kit.records import checkpoints, manifest, metrics, run_folder
-from dpo_kit.records.status import read_status
-from dpo_kit.system import folders
-from dpo_kit.system.files import read_json
+from dpo_kit.records import manifest
+from dpo_kit.records.facts import Facts
+from dpo_kit.system import machine
+
+Act = Literal["attach", "skip", "go on", "finish", "start anew", "refuse"]
+# Keys that concern what follows the training: with others of them, the model that is there is the one asked for.
+_AFTER = ("evaluator.", "stats_logger.", "recover.", "cluster.", "scheduler.")
 
 
 @dataclass(frozen=True)
-class Point:
-    """Where a run would go on."""
+class Decision:
+    """What becomes of a run that is started again, and what to say of that."""
 
-    step: int
-    of: dict[str, Any]
-    """What it is of, as `differences.refused` takes it: `config`, and the fingerprints that are known."""
-    trained: bool = False
-    """All steps are done and the model is written; there is no checkpoint."""
-    is_fork: bool = False
-    """What comes after is a fork's."""
-
-    def forked(self, config: Config) -> Point:
-        """The same for a fork, whose settings and held-out pairs are its own from here on, and its pairs are not."""
-        tree, then = _tree(config), self.of["config"]
-        for section, key in (place.split(".") for place in differences.PLACES if "." in place):
-            if tree.get(section) and then.get(section):
-                tree[section][key] = then[section][key]
-        known = {key: mark for key, mark in self.of.items() if key != "valid"}
-        tree["tokenizer_path"] = then["tokenizer_path"]
-        return replace(self, of=known | {"config": tree}, is_fork=True)
-
-    def moved(self, config: Config) -> bool:
-        """Whether a configuration names other places, so that their content must be compared."""
-        return any(key in differences.PLACES for key in differences.between(self.of["config"], _tree(config)))
+    act: Act
+    told: str = ""
+    step: int = 0
+    """Where it goes on."""
 
 
-def _tree(config: Config) -> dict[str, Any]:
-    return config_module.to_tree(config)
+def decide(
+    run: Facts,
+    config: Config | None = None,
+    *,
+    mode: str = "auto",
+    devices: int | None = None,
+) -> Decision:
+    """What becomes of a run that is started again.
 
-
-def point(run_dir: Path) -> Point | None:
-    """The newest checkpoint that looks whole; else the trained model that a run made last; None without either.
-
-    Sizes are compared, and the hash of what is read here; the ranks compare every hash.
-
-    Raises:
-        UserError: no checkpoint looks whole.
+    Args:
+        run: what its folder says.
+        config: of a trial of the same name, devices resolved; None: the run's own settings, as `runs resume` asks.
+        mode: `recover.mode`; only `auto` lets a trial go on unasked.
+        devices: CUDA devices that are visible, which a resume must find enough of; None leaves that out.
     """
-    step, damaged = checkpoints.newest(run_dir / "checkpoints", _quick_damage)
-    if step is not None:
-        return at_step(run_dir, step)
-    if damaged:
-        raise UserError(lost(run_dir, damaged))
-    status = read_status(run_dir)
-    if not (status.get("trained") and (run_dir / "model").is_dir()):
-        return None
-    made = manifest.read(run_dir)
-    of: dict[str, Any] = {split: stored["fingerprint"] for split, stored in made.get("data", {}).items()}
-    if "weights" in made:
-        of["weights"] = {name: stored["fingerprint"] for name, stored in made["weights"].items()}
-    config = config_module.load(run_dir / "config.yaml")
-    return Point(status.get("step") or 0, of | {"config": _tree(config)}, trained=True)
+    state = run.status.get("state")
+    if state in ("queued", "running"):
+        supervisor, stop = run.status.get("supervisor") or {}, manifest.command("stop", run.folder)
+        who = f", by process {supervisor.get('pid')} on {supervisor.get('host')}; stop it ({stop}) or use another"
+        what = f"{who} trial_name" if config else "; nothing to resume"
+        return Decision("attach", f"{run.name} is {state}{what}")
+    found = _resumed(run, devices) if config is None else _continued(run, config)
+    if config is None or mode == "auto" or (run.damaged and state != "done"):
+        return found
+    ways = ["use another trial_name"]
+    if _resumed(run, devices).act != "refuse":
+        ways.append(f"`{manifest.continue_command(run.folder)}`")
+    if found.act != "refuse":
+        ways.append("recover.mode=auto")
+    return Decision("refuse", f"{run.name} exists and is {state}; {', or '.join(ways)}")
 
 
-def _quick_damage(folder: Path) -> str:
-    """What is wrong with a checkpoint, as far as that is seen without reading all of it."""
-    files, problem = folders.committed(folder)
-    if problem or checkpoints.STATE not in files:
-        return problem or f"it has no {checkpoints.STATE}"
-    is_same = folders.hashes(folder, [checkpoints.STATE])[checkpoints.STATE] == files[checkpoints.STATE]
-    return "" if is_same else f"{checkpoints.STATE} has other bytes than were written"
+def _resumed(run: Facts, devices: int | None) -> Decision:
+    """What becomes of an ended run with its own settings."""
+    if run.status.get("state") == "done":
+        return Decision("skip", f"{run.name} is done; nothing to resume")
+    if run.config is None or (problem := refusal(run, run.config)):
+        return Decision("refuse", run.damaged or problem)
+    wanted = int(run.config.cluster.n_gpus_per_node)
+    if devices is not None and not run.trained and (problem := machine.too_many(wanted, devices)):
+        others = ("cluster.n_gpus_per_node=auto", "actor.backend=fsdp", "ref.backend=fsdp")
+        command = manifest.train_command(run.folder, *others, config=run.config)
+        return Decision("refuse", f"{problem}; to go on with others: {command}")
+    return _going_on(run, run.config)
 
 
-def at_step(run_dir: Path, step: int) -> Point:
-    """What the checkpoint of a step, which is whole, says that it is of."""
-    facts = read_json(run_dir / "checkpoints" / f"step-{step}" / checkpoints.STATE)
-    at = Point(step, facts["identity"])
-    parent = manifest.parent(run_dir)
-    return at.forked(config_module.load(run_dir / "config.yaml")) if parent.get("step") == step else at
+def _continued(run: Facts, config: Config) -> Decision:
+    """What becomes of an ended trial with a configuration."""
+    if run.config is None:
+        return Decision("refuse", run.damaged)
+    state, found = run.status.get("state"), differing(config, run.config)
+    told, is_longer = differences.text(found), set(found) <= set(differences.LENGTH)
+    note = f"{run.name} was {state}; its configuration changes: {told}" if told else ""
+    if state == "done":
+        done_at = f"{run.name} is done at step {run.status.get('step')}"
+        if not found:
+            return Decision("skip", f"{done_at}: skipped")
+        if not (is_longer and (run.whole or run.damaged)):
+            only = "; it kept no checkpoint to go on from (recover.keep=all keeps them)" if is_longer else ""
+            fork = fork_command(run, config, list(found))
+            ways = "use another trial_name" + (f", or fork it: {fork}" if fork else "")
+            return Decision("refuse", f"{run.name} is done with another configuration ({told}){only}; {ways}")
+        note = f"{done_at}; going on: {told}"
+    if problem := refusal(run, config):
+        return Decision("refuse", problem)
+    return _going_on(run, config, note)
 
 
-def last_step(run_dir: Path, config: Config) -> int | None:
+def _going_on(run: Facts, config: Config, told: str = "") -> Decision:
+    changed = differences.between(to_tree(run.config), to_tree(config)) if run.config else {}
+    if run.trained and all(key.startswith(_AFTER) for key in changed):
+        return Decision("finish", told, run.status.get("step") or 0)
+    return Decision("go on", told, run.whole[0]) if run.whole else Decision("start anew", told)
+
+
+def differing(config: Config, other: Config) -> dict[str, str]:
+    """Keys in which two configurations mean different runs, with both values."""
+    found = differences.between(to_tree(other), to_tree(config))
+    # Micro-batches do not change a step: a run that halved them is the same run.
+    return {
+        key: text
+        for key, text in found.items()
+        if not key.startswith(("trial_name", "recover")) and not key.endswith("max_tokens_per_mb")
+    }
+
+
+def last_step(run: Facts, config: Config) -> int | None:
     """The last step of a run of the folder's pairs with these settings; None while that is not known."""
     from dpo_kit.config import steps  # imports numpy, which a list of runs does without
 
-    num_pairs = manifest.read(run_dir).get("data", {}).get("train", {}).get("num_pairs")
-    return steps.num_steps(config, num_pairs) if num_pairs else config.total_train_steps
+    return steps.num_steps(config, run.num_pairs) if run.num_pairs else config.total_train_steps
 
 
-def refusal(
-    run_dir: Path,
-    at: Point,
-    config: Config,
-    content: dict[str, Any] | None = None,
-    *,
-    total: int | None = None,
-) -> str:
+def refusal(run: Facts, config: Config, content: dict[str, Any] | None = None) -> str:
     """Why a run may not go on with a configuration, and what may be done; empty when it may.
 
     Args:
-        run_dir: the run that `at` is of.
-        at: where it would go on.
+        run: where it would go on is `run.at`.
         config: what it would go on with.
         content: fingerprints of what the configuration names, as far as they are known.
-        total: its last step, where the number of pairs is at hand.
     """
-    name = run_folder.run_name(run_dir)
-    has = f"{name} is trained" if at.trained else f"{name} has a checkpoint of step {at.step}"
-    if found := differences.refused(at.of, {**(content or {}), "config": _tree(config)}):
+    at = run.at
+    if at is None:
+        return run.damaged or run.lost
+    has = f"{run.name} is trained" if at.trained else f"{run.name} has a checkpoint of step {at.step}"
+    if found := differences.refused(at.of, {**(content or {}), "config": to_tree(config)}):
         what, ways = "with another configuration", ["use another trial_name"]
         if any(key.startswith(differences.CONTENT) for key in found):
             what = "from other data or weights"
             ways = ["put that back", "start a run with actor.path=MODEL_FOLDER" if at.is_fork else ways[0]]
-        elif command := fork_command(run_dir, config, list(found)):
+        elif command := fork_command(run, config, list(found)):
             ways.append(f"fork it: {command}")
         return f"{has} {what} ({differences.text(found)}); {', or '.join(ways)}"
     if at.trained:
         return ""
-    total = last_step(run_dir, config) if total is None else total
+    total = last_step(run, config)
     if total is not None and total < at.step:
-        command = fork_command(run_dir, config, list(differences.LENGTH))
+        command = fork_command(run, config, list(differences.LENGTH))
         earlier = f", or fork an earlier one: {command}" if command else ""
         return f"{has}, and would have to end at step {total}; raise total_train_steps or total_train_epochs{earlier}"
-    return micro_batch_problem(config, (read_json(run_dir / "budget.json", {}) or {}).get("longest_pair", 0))
+    return micro_batch_problem(config, run.longest_pair)
 
 
 def micro_batch_problem(config: Config, longest: int) -> str:
@@ -160,15 +177,21 @@ def micro_batch_problem(config: Config, longest: int) -> str:
 
 
 def fork_problems(before: Config, now: Config, step: int, total: int | None) -> list[str]:
-    """Why step N of a fork would not follow from its parent's: other pairs, or an end before it."""
-    changed = differences.changed(_tree(before), _tree(now))
+    """Why step N of a fork would not follow from its parent's: other pairs, other numbers, or an end before it."""
+    changed = differences.changed(to_tree(before), to_tree(now))
     order = {key: text for key, text in changed.items() if differences.changes_pairs(key)}
     problems = []
+    elsewhere = "start a run with actor.path=MODEL_FOLDER (dpo-kit export RUN -o MODEL_FOLDER)"
     if order:
         problems.append(
             "a fork sees the pairs that its parent would have seen, and this changes them:"
-            f" {differences.text(order)}; to train on others start a run with"
-            " actor.path=MODEL_FOLDER (dpo-kit export RUN -o MODEL_FOLDER)"
+            f" {differences.text(order)}; to train on others {elsewhere}"
+        )
+    dtypes = [config.actor.dtype for config in (before, now)]
+    if dtypes.count("float64") == 1:
+        problems.append(
+            f"actor.dtype: {' -> '.join(dtypes)}: a checkpoint holds weights and optimizer in float64 for a float64 run"
+            f" and in float32 for others, and a fork goes on with them; to train in {dtypes[1]} {elsewhere}"
         )
     if total is not None and total <= step:
         key = "total_train_steps" if total == now.total_train_steps else "total_train_epochs"
@@ -179,21 +202,20 @@ def fork_problems(before: Config, now: Config, step: int, total: int | None) -> 
     return problems
 
 
-def fork_command(run_dir: Path, config: Config, keys: list[str]) -> str:
+def fork_command(run: Facts, config: Config, keys: list[str]) -> str:
     """The command that forks a run with a configuration's values of some keys; empty where none would be accepted."""
-    now = _tree(config)
+    if run.config is None:
+        return ""
+    before, now = to_tree(run.config), to_tree(config)
+    overrides = [override(key, now) for key in keys if key in differences.between(before, now)]
     try:
-        before = config_module.load(run_dir / "config.yaml")
-        differing = differences.between(_tree(before), now)
-        overrides = [override(key, now) for key in keys if key in differing]
-        forked = config_module.load(run_dir / "config.yaml", ["trial_name=null", *overrides])
-        total = last_step(run_dir, forked)
+        forked = from_tree(before, ["trial_name=null", *overrides])
     except UserError:
         return ""
-    for step in reversed(checkpoints.steps(run_dir / "checkpoints")):
-        damaged = _quick_damage(run_dir / "checkpoints" / f"step-{step}")
-        if not damaged and not fork_problems(before, forked, step, total):
-            return manifest.command("fork", run_dir, "--step", str(step), *overrides)
+    total = last_step(run, forked)
+    for step in run.whole:
+        if not fork_problems(run.config, forked, step, total):
+            return manifest.command("fork", run.folder, "--step", str(step), *overrides)
     return ""
 
 
@@ -205,76 +227,36 @@ def override(key: str, tree: dict[str, Any]) -> str:
     return f"{key}={value if isinstance(value, str) else json.dumps(value)}"
 
 
-def is_spare(run_dir: Path) -> bool:
-    """Whether a folder holds nothing that would be a loss: nothing made, or what a fork's parent has as well."""
-    parent = manifest.parent(run_dir)
-    names = [*run_folder.MADE]
-    if parent and (Path(parent["folder"]) / "checkpoints" / f"step-{parent['step']}").is_dir():
-        last = max((record["step"] for record in metrics.readable_metrics(run_dir)), default=0)
-        if last > parent["step"] or checkpoints.steps(run_dir / "checkpoints") not in ([], [parent["step"]]):
-            return False
-        names = [name for name in names if name not in ("metrics.jsonl", "checkpoints")]
-    return not any((run_dir / name).is_file() or any((run_dir / name).glob("*")) for name in names)
-
-
 # ---------------------------------------------------------------- what may be done
 
 
-def lost(run_dir: Path, damaged: list[str]) -> str:
-    """That a run had checkpoints and none is left to go on from, and what may be done; empty for a run that had none.
-
-    Args:
-        damaged: a line on each checkpoint that is there and not whole.
-    """
-    parent, folder = manifest.parent(run_dir), run_dir / "checkpoints"
-    if damaged:
-        told = f"no checkpoint in {folder} is whole: {'; '.join(damaged)}; nothing was changed. Put them back, or"
-        return f"{told} {_fork_again(parent) if parent else 'remove that folder to start anew'}"
-    if not parent:
-        return ""
-    return (
-        f"{run_folder.run_name(run_dir)} is a fork of {manifest.fork_text(parent)}, and has no checkpoint any more;"
-        f" {_fork_again(parent)}"
-    )
-
-
-def _fork_again(parent: dict[str, Any]) -> str:
-    folder = Path(parent["folder"])
-    if _quick_damage(folder / "checkpoints" / f"step-{parent['step']}"):
-        return f"its parent {folder} has none of that step either: start another run"
-    return f"fork again: {manifest.fork_again_command(parent)}"
-
-
-def way_on(run_dir: Path, status: dict[str, Any]) -> str:
+def way_on(run: Facts) -> str:
     """What may be done with a run that ended before it was done: a line or two, each with a command that works."""
-    resume = manifest.continue_command(run_dir)
-    try:
-        at = point(run_dir)
-        if at is None and (told := lost(run_dir, [])):
-            return told
-    except UserError as error:  # damaged files
-        return f"it cannot go on as it is: {error}"
-    can = "continue" if at else "start anew (it has no checkpoint)"
-    if not status.get("mistake"):
+    if run.damaged:
+        return f"it cannot go on as it is: {run.damaged}"
+    if run.lost:
+        return run.lost
+    can, resume = "continue", manifest.continue_command(run.folder)
+    if run.at is None:
+        can = "start anew (it has no checkpoint)"
+    if not run.status.get("mistake"):
         return f"to {can}: {resume}"
     return (
         f"to {can} when that is mended: {resume}\n"
-        f"to {can} with other settings: {manifest.train_command(run_dir)} KEY=VALUE"
+        f"to {can} with other settings: {manifest.train_command(run.folder, config=run.config)} KEY=VALUE"
     )
 
 
-def with_others(run_dir: Path, overrides: list[str]) -> str:
+def with_others(run: Facts, overrides: list[str]) -> str:
     """The command that trains with other settings than a run that has ended: goes on, forks, or is another run.
 
     Raises:
         UserError: what is wrong with the settings.
     """
-    before, config = (config_module.load(run_dir / "config.yaml", given) for given in ([], overrides))
-    keys = list(differences.between(_tree(before), _tree(config)))
-    at = point(run_dir)
-    goes_on = not refusal(run_dir, at, config) if at else not lost(run_dir, [])
-    if read_status(run_dir).get("state") == "done":
-        goes_on = goes_on and at is not None and not at.trained and set(keys) <= set(differences.LENGTH)
-    if goes_on:
-        return manifest.train_command(run_dir, *overrides)
-    return fork_command(run_dir, config, keys) or manifest.train_command(run_dir, *overrides, anew=True)
+    if run.config is None:
+        raise UserError(run.damaged)
+    config = from_tree(to_tree(run.config), overrides)
+    if decide(run, config).act in ("go on", "finish", "start anew"):
+        return manifest.train_command(run.folder, *overrides, config=run.config)
+    keys = list(differences.between(to_tree(run.config), to_tree(config)))
+    return fork_command(run, config, keys) or manifest.train_command(run.folder, *overrides, anew=True)

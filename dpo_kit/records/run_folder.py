@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from dpo_kit.config import name_problem
 from dpo_kit.errors import UserError
 from dpo_kit.records import manifest as records_manifest
 from dpo_kit.records import status
@@ -58,24 +59,6 @@ _KEPT_BETWEEN_ATTEMPTS = ("progress.json", "stop.json", "data.json", "logs")
 # ---------------------------------------------------------------- creating and finding run folders
 
 
-def check_name(field: str, name: str) -> str:
-    """Returns `name` when it can name a folder of its own and nothing else.
-
-    Raises:
-        UserError: it is empty, hidden, a path, starts like an option, or holds control characters.
-    """
-    problem = ""
-    if not name or name != name.strip() or len(name.encode()) > 200:
-        problem = "is empty, too long or begins or ends with white space"
-    elif any(character in name for character in "/\\") or not name.isprintable():
-        problem = "holds a path separator or a control character"
-    elif name[0] in ".-~":
-        problem = f"begins with {name[0]!r}"
-    if problem:
-        raise UserError(f"{field} = {name!r} {problem}; use one plain folder name, such as 'beta-0.1'")
-    return name
-
-
 def fresh_trial_name(rng: random.Random | None = None) -> str:
     """A readable name that sorts by time: `2026-11-22_15-30-05-brave-otter`."""
     rng = rng or random.Random()
@@ -89,11 +72,11 @@ def of(fileroot: Path, experiment: str, trial: str) -> Path:
     Raises:
         UserError: a name is no plain folder name, or one of the two folders is a link.
     """
-    folder = Path(fileroot) / check_name("experiment_name", experiment)
-    for field, path in (
-        ("experiment_name", folder),
-        ("trial_name", folder / check_name("trial_name", trial)),
-    ):
+    folder = Path(fileroot) / experiment
+    named = (("experiment_name", experiment, folder), ("trial_name", trial, folder / trial))
+    for field, name, path in named:
+        if wrong := name_problem(name):
+            raise UserError(f"{field} = {name!r} {wrong}")
         if path.is_symlink():
             raise UserError(
                 f"{field}: {path} is a link; a run is written to real folders only, use another name"

@@ -27,7 +27,7 @@ from dpo_kit.errors import ExitStatus
 from dpo_kit.records import durations
 from dpo_kit.records.status import read_status, request_stop, stop_requested, update_status
 from dpo_kit.system import files
-from dpo_kit.system.processes import end_tree, identify, is_alive
+from dpo_kit.system.processes import end_children, identify, is_alive
 
 if TYPE_CHECKING:
     from dpo_kit.view.progress import Lines
@@ -95,7 +95,8 @@ def wait_for(session: Session, children: list[subprocess.Popen], grace_s: float)
                 ask(session, stop_requested(session.run_dir) or "preempted")
             if session.stop and not told:
                 told = True
-                _signal_all(children, signal.SIGTERM)
+                for child in children:
+                    child.send_signal(signal.SIGTERM)
             if codes[0] == ExitStatus.DONE:
                 # Rank 0 has written everything: who hangs in his good-byes is not waited for.
                 done_at = done_at or now
@@ -111,7 +112,7 @@ def wait_for(session: Session, children: list[subprocess.Popen], grace_s: float)
                 return codes
             time.sleep(_POLL_S)
     finally:
-        kill(children)
+        end_children(children)
 
 
 def _is_overdue(session: Session, now: float) -> bool:
@@ -181,20 +182,6 @@ def _status_fields(session: Session, progress: dict[str, Any]) -> dict[str, Any]
     return fields
 
 
-def _signal_all(children: list[subprocess.Popen], number: int) -> None:
-    for child in children:
-        with contextlib.suppress(ProcessLookupError):
-            child.send_signal(number)
-
-
-def kill(children: list[subprocess.Popen]) -> None:
-    """Kills what still runs, with its descendants, and reaps it."""
-    alive = [child for child in children if child.poll() is None]
-    end_tree([child.pid for child in alive])
-    for child in alive:
-        child.wait()
-
-
 # Phases in which the ranks go from micro-batch to micro-batch; others may take long in one piece.
 PHASES = ("reference pass", "evaluation", "first step", "training")
 _ANSWER_S = 3.0
@@ -235,8 +222,7 @@ def _stacks(ranks: Sequence[subprocess.Popen], logs: Path) -> dict[int, list[str
         if process.poll() is None:
             log = logs / f"rank-{rank}.log"
             asked[rank] = (log, log.stat().st_size if log.exists() else 0)
-            with contextlib.suppress(ProcessLookupError):
-                process.send_signal(signal.SIGUSR1)
+            process.send_signal(signal.SIGUSR1)
     found: dict[int, list[str]] = {key: [] for key in asked}
     deadline = time.monotonic() + _ANSWER_S
     while time.monotonic() < deadline and not all(found.values()):

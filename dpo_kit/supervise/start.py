@@ -1,6 +1,7 @@
 """Starting a run's supervisor, for the first time or again: what of an ended run stays, what is set aside.
 
-Deliberately not here: the handle (runs), new runs (launch), what the supervisor does (supervise/supervisor).
+Deliberately not here: what is decided (records/resuming), the handle (runs), new runs (launch), what a supervisor does
+(supervise/supervisor).
 """
 
 from __future__ import annotations
@@ -8,15 +9,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from dpo_kit import config as config_module
-from dpo_kit.config import Config, differences
+from dpo_kit.config import Config
 from dpo_kit.errors import UserError
-from dpo_kit.records import budget, checkpoints, lock, manifest, resuming, run_folder, status
-from dpo_kit.supervise import headless
+from dpo_kit.records import lock, manifest, resuming, run_folder, status
+from dpo_kit.records.facts import read_facts
+from dpo_kit.records.resuming import Decision
+from dpo_kit.supervise import fits, headless
 from dpo_kit.system import machine
 from dpo_kit.system.files import atomic_write, last_line
 from dpo_kit.system.processes import child_variables
@@ -24,54 +27,71 @@ from dpo_kit.system.processes import child_variables
 _supervisors: dict[int, subprocess.Popen] = {}  # kept so that Python does not warn about running children
 
 
-def begin_anew(run_dir: Path, config: Config | None = None, made: dict[str, Any] | None = None) -> None:
-    """Queues an ended run again; without a checkpoint it starts anew, and what it had made is set aside.
+def resume(run_dir: Path, check: Callable[[Config], object] = fits.check) -> Decision:
+    """Queues an ended run again with its own settings, and says from where; one that is done or live is left alone.
 
     Args:
-        run_dir: of a run that is not live.
+        run_dir: the run folder.
+        check: refuses what cannot run here; not asked where all steps are done.
+
+    Raises:
+        UserError: it cannot go on; nothing of it was changed.
+    """
+    run = read_facts(run_dir)
+    found = resuming.decide(run, devices=machine.visible_devices())
+    if found.act == "refuse":
+        raise UserError(found.told)
+    if found.act in ("attach", "skip"):
+        return found
+    if found.act != "finish" and run.config:
+        check(run.config)
+    return begin(run_dir)
+
+
+def begin(run_dir: Path, config: Config | None = None, made: dict[str, Any] | None = None) -> Decision:
+    """Does what is decided of an ended run: queues it again, and sets aside what it had made where it starts anew.
+
+    Args:
+        run_dir: the run folder.
         config: the configuration to go on with; its own when left out.
         made: the manifest that goes with it.
 
     Raises:
-        UserError: somebody else is about to run it; nothing was changed.
+        UserError: it may not, or somebody else is about to run it; nothing was changed.
     """
     clean_up(run_dir)  # before the lock, which a full disk has no room for
     with lock.lock(run_dir):
-        before = status.read_status(run_dir)
-        if status.is_live(before):
+        run = read_facts(run_dir)
+        found, before = resuming.decide(run, config), run.status
+        if found.act == "attach":
             raise UserError(
-                f"{run_folder.run_name(run_dir)} is being started by another process; see"
-                f" `{manifest.command('show', run_dir)}`"
+                f"{run.name} is being started by another process; see `{manifest.command('show', run_dir)}`"
             )
-        kept = checkpoints.steps(run_dir / "checkpoints")
-        is_trained = (
-            bool(before.get("trained")) and (run_dir / "model").is_dir() and _is_same(run_dir, config)
-        )
-        told = ""
-        if kept or is_trained:
-            run_folder.clear_requests(run_dir)
+        if found.act == "refuse":
+            raise UserError(found.told)
+        if found.act == "skip":
+            return found
+        aside = ""
+        if found.act == "start anew":
+            aside = run_folder.clear(run_dir)
         else:
-            told = run_folder.clear(run_dir)
+            run_folder.clear_requests(run_dir)
         # First the status: with another configuration the model that is there is not what was asked for.
-        fields: dict[str, Any] = {"attempt": int(before.get("attempt") or 1) + 1}
-        if is_trained:
-            fields |= {"trained": True, "step": before.get("step"), "total_steps": before.get("total_steps")}
-        elif kept:
-            fields["step"] = kept[-1]
+        fields: dict[str, Any] = {"attempt": int(before.get("attempt") or 1) + 1, "step": found.step}
+        if found.act == "finish":
+            fields |= {"trained": True, "total_steps": before.get("total_steps")}
         status.reset_status(run_dir, **fields)
         if config is not None:
-            goes_on = ("parent", "repeats", "data", "weights") if kept or is_trained else ()
+            goes_on = ("parent", "repeats", "data", "weights") if found.act != "start anew" else ()
             atomic_write(run_dir / "config.yaml", config_module.to_yaml(config))
             manifest.renew(run_dir, made or {}, keep=goes_on)
-    if is_trained:
-        how = "is trained; what is left is done now"
-    elif kept:
-        how = f"goes on from its last checkpoint, step-{kept[-1]}"
-    else:
-        how = "has no checkpoint and starts anew" + (
-            f" ({status.steps_text(before)} steps): {told}" if told else ""
-        )
-    print(f"{run_folder.run_name(run_dir)} {how}", flush=True)
+    how = {
+        "finish": "is trained; what is left is done now",
+        "go on": f"goes on from its last checkpoint, step-{found.step}",
+    }.get(found.act, "has no checkpoint and starts anew")
+    lost = f" ({status.steps_text(before)} steps): {aside}" if aside else ""
+    print(f"{run.name} {how}{lost}", flush=True)
+    return found
 
 
 def clean_up(run_dir: Path) -> None:
@@ -79,38 +99,6 @@ def clean_up(run_dir: Path) -> None:
     with lock.unowned(run_dir) as is_free:
         if is_free and not status.is_live(status.read_status(run_dir)):
             run_folder.sweep(run_dir)
-
-
-def resume_problem(run_dir: Path) -> str:
-    """Why a run that has ended may not go on with its own settings, and what may be done; empty when it may.
-
-    Raises:
-        UserError: a file of it is damaged, or no checkpoint is whole.
-    """
-    config = config_module.load(run_dir / "config.yaml")
-    config_module.check(config)
-    budget.read(run_dir)
-    at = resuming.point(run_dir)
-    if at is not None and at.trained:
-        return ""
-    problem = resuming.refusal(run_dir, at, config) if at else resuming.lost(run_dir, [])
-    if not problem and (
-        problem := machine.too_many(int(config.cluster.n_gpus_per_node), machine.visible_devices())
-    ):
-        others = ("cluster.n_gpus_per_node=auto", "actor.backend=fsdp", "ref.backend=fsdp")
-        problem += f"; to go on with others: {manifest.train_command(run_dir, *others)}"
-    return problem
-
-
-def _is_same(run_dir: Path, config: Config | None) -> bool:
-    """Whether a configuration means the model that the folder holds: it differs in what follows the training only."""
-    if config is None:
-        return True
-    after = ("evaluator.", "stats_logger.", "recover.", "cluster.", "scheduler.")
-    changed = differences.between(
-        config_module.to_tree(config_module.load(run_dir / "config.yaml")), config_module.to_tree(config)
-    )
-    return all(key.startswith(after) for key in changed)
 
 
 def start_supervisor(run_dir: Path, owner: str | None = None) -> subprocess.Popen:

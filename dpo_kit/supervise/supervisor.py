@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_kit import config as config_module
 from dpo_kit.errors import ExitStatus, UserError
-from dpo_kit.records import durations, lock, manifest, metrics, resuming, run_folder
+from dpo_kit.records import durations, facts, lock, manifest, metrics, run_folder
 from dpo_kit.records.checkpoints import steps
 from dpo_kit.records.status import (
     add_seconds,
@@ -48,9 +48,9 @@ from dpo_kit.records.status import (
 )
 from dpo_kit.redaction import guard_output
 from dpo_kit.supervise import restarts
-from dpo_kit.supervise.children import Session, ask, kill, look, merge, wait_for
+from dpo_kit.supervise.children import Session, ask, look, merge, wait_for
 from dpo_kit.system import files, folders
-from dpo_kit.system.processes import identify, popen, rank_environment
+from dpo_kit.system.processes import end_children, identify, popen, rank_environment
 
 if TYPE_CHECKING:
     from dpo_kit.view.progress import Lines
@@ -109,7 +109,7 @@ def _leaves_nothing(session: Session) -> bool:
     """Whether a mistake came so early that a new folder goes: before the ranks, or a fork's before their first step."""
     is_first = read_status(session.run_dir).get("attempt") == 1
     is_early = not session.started_ranks or bool(manifest.parent(session.run_dir))
-    return is_first and is_early and resuming.is_spare(session.run_dir)
+    return is_first and is_early and facts.is_spare(session.run_dir)
 
 
 def _guarded(session: Session, modules: tuple[str, str, str]) -> tuple[str, str, bool]:
@@ -244,7 +244,7 @@ def _run_ranks(session: Session, module: str) -> list[int | None]:
             update_status(session.run_dir, ranks=[process.pid for process in ranks])
             return wait_for(session, ranks, session.config.cluster.grace_s)
         finally:
-            kill(ranks)
+            end_children(ranks)
 
 
 # ---------------------------------------------------------------- starting the ranks again

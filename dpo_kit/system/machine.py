@@ -1,6 +1,6 @@
 """What this machine has: CUDA devices, free memory, free disk; found without torch and without a CUDA context.
 
-The kernel of a notebook must never hold a GPU, so it asks the driver's management library (NVML) by ctypes.
+The kernel of a notebook must never hold a GPU, so the driver's management library (NVML) is asked.
 
 Deliberately not here: choosing how many devices to use (launch), what a run needs (model/costs).
 """
@@ -8,38 +8,22 @@ Deliberately not here: choosing how many devices to use (launch), what a run nee
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib.util
 import os
 import re
 import shutil
-import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import psutil
 
+_T = TypeVar("_T")
+
 
 def visible_devices() -> int:
-    """Number of CUDA devices that a rank would see.
-
-    0 where torch is a build without CUDA or there is no driver; `CUDA_VISIBLE_DEVICES` is read as CUDA does:
-    entries up to the first one that names no device.
-    """
-    if not torch_has_cuda():
-        return 0
-    present = len(device_names())
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is None or present == 0:
-        return present
-    count = 0
-    for entry in chosen.split(","):
-        entry = entry.strip()
-        if entry.isdigit() and int(entry) >= present:
-            break
-        if not entry.isdigit() and not entry.startswith(("GPU-", "MIG-")):
-            break
-        count += 1
-    return count
+    """Number of CUDA devices that a rank would see; 0 where torch is a build without CUDA or no driver answers."""
+    return _ask(lambda nvml: len(_visible_handles(nvml)), 0) if torch_has_cuda() else 0
 
 
 def too_many(wanted: int, visible: int) -> str:
@@ -66,38 +50,61 @@ def torch_has_cuda() -> bool:
 
 def device_names() -> list[str]:
     """Names of all NVIDIA devices of this machine, visible or not; empty without a driver."""
+    return _ask(lambda nvml: [nvml.nvmlDeviceGetName(handle) for handle in _all_handles(nvml)], [])
+
+
+def free_device_bytes() -> int | None:
+    """Free memory of the fullest visible CUDA device; None where the driver does not tell."""
+    free: list[int] = _ask(
+        lambda nvml: [nvml.nvmlDeviceGetMemoryInfo(handle).free for handle in _visible_handles(nvml)], []
+    )
+    return min(free, default=None)
+
+
+def _ask(question: Callable[[Any], _T], otherwise: _T) -> _T:
+    """The driver's answer; `otherwise` where there is no driver or it has none."""
+    import pynvml  # 0.06 s, and most processes never ask
+
     try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError:
-        return _names_by_command()
-    if nvml.nvmlInit_v2() != 0:
-        return []
-    try:
-        count = ctypes.c_uint(0)
-        if nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) != 0:
+        pynvml.nvmlInit()
+        try:
+            return question(pynvml)
+        finally:
+            pynvml.nvmlShutdown()
+    except pynvml.NVMLError:
+        return otherwise
+
+
+def _all_handles(nvml: Any) -> list[Any]:
+    return [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
+
+
+def _visible_handles(nvml: Any) -> list[Any]:
+    """The devices that CUDA_VISIBLE_DEVICES names, in its order and read as CUDA reads it; all where it is not set.
+
+    An entry is an index, a `GPU-` UUID or a beginning of one that no other device shares, or a `MIG-` UUID. Entries
+    count up to the first one that names no device or is of another kind than the first; a device named twice leaves
+    none; a process gets one MIG device, the first.
+    """
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    handles = _all_handles(nvml)
+    if chosen is None:
+        return handles
+    entries = [entry.strip() for entry in chosen.split(",")]
+    if entries[0].startswith("MIG-"):
+        return [nvml.nvmlDeviceGetHandleByUUID(entries[0])]
+    by_uuid = entries[0].startswith("GPU-")
+    names = [nvml.nvmlDeviceGetUUID(handle) if by_uuid else str(i) for i, handle in enumerate(handles)]
+    fits = str.startswith if by_uuid else str.__eq__
+    visible: list[int] = []
+    for entry in entries:
+        named = [i for i, name in enumerate(names) if entry and fits(name, entry)]
+        if len(named) != 1:
+            break
+        if named[0] in visible:
             return []
-        return [_name(nvml, index) for index in range(count.value)]
-    finally:
-        nvml.nvmlShutdown()
-
-
-def _name(nvml: ctypes.CDLL, index: int) -> str:
-    handle, name = ctypes.c_void_p(), ctypes.create_string_buffer(96)
-    if nvml.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(index), ctypes.byref(handle)) != 0:
-        return "unknown"
-    if nvml.nvmlDeviceGetName(handle, name, ctypes.c_uint(96)) != 0:
-        return "unknown"
-    return name.value.decode("utf-8", "replace")
-
-
-def _names_by_command() -> list[str]:
-    """The same through `nvidia-smi`, for drivers whose library lies elsewhere (WSL2)."""
-    try:
-        found = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    lines = found.stdout.splitlines() if found.returncode == 0 else []
-    return [match[1] for line in lines if (match := re.match(r"GPU \d+: (.*?)(?: \(UUID|$)", line))]
+        visible += named
+    return [handles[i] for i in visible]
 
 
 _CGROUP = Path("/sys/fs/cgroup")
@@ -153,42 +160,3 @@ def size_of(folder: Path) -> int:
 def size_text(size: int) -> str:
     """Bytes in words."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
-
-
-def free_device_bytes() -> int | None:
-    """Free memory of the fullest visible CUDA device, by the driver's library; None where it does not tell."""
-    try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError:
-        return None
-    if nvml.nvmlInit_v2() != 0:
-        return None
-    try:
-        count = ctypes.c_uint(0)
-        if nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) != 0:
-            return None
-        free = [_free(nvml, index) for index in _visible(count.value)]
-    finally:
-        nvml.nvmlShutdown()
-    known = [value for value in free if value is not None]
-    return min(known) if known else None
-
-
-def _visible(count: int) -> list[int]:
-    """Device numbers that CUDA_VISIBLE_DEVICES names; all where it is not set or names them by UUID."""
-    entries = [e.strip() for e in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
-    named = [int(e) for e in entries if e.isdigit() and int(e) < count]
-    return named or list(range(count))
-
-
-class _Memory(ctypes.Structure):
-    _fields_ = (("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong))
-
-
-def _free(nvml: ctypes.CDLL, index: int) -> int | None:
-    handle, memory = ctypes.c_void_p(), _Memory()
-    if nvml.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(index), ctypes.byref(handle)) != 0:
-        return None
-    if nvml.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory)) != 0:
-        return None
-    return int(memory.free)

@@ -106,6 +106,13 @@ def end_tree(pids: Iterable[int], grace_s: float = 0.0) -> None:
     _wait_gone(processes, 5.0)
 
 
+def end_children(children: Iterable[subprocess.Popen]) -> None:
+    """Kills those that still run, with their descendants, and reaps all of them."""
+    end_tree([child.pid for child in children if child.poll() is None])
+    for child in children:
+        child.wait()
+
+
 def python_path() -> str:
     """`PYTHONPATH` that lets a child import whatever this process can import."""
     return os.pathsep.join(dict.fromkeys(entry or os.getcwd() for entry in sys.path))

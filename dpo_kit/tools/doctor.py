@@ -32,6 +32,7 @@ from dpo_kit.model import builtin, model_folder, parallel
 from dpo_kit.preferences import PairStore
 from dpo_kit.records.findings import Finding
 from dpo_kit.records.status import one_line
+from dpo_kit.supervise import fits
 
 ROWS = 96
 OVERFIT_PAIRS, OVERFIT_STEPS, OVERFIT_LR, LEARNED = 4, 8, 1e-4, 0.7
@@ -102,7 +103,7 @@ def _devices(config: Config, report: _Report) -> Config:
 
 def _model_config(config: Config) -> dict[str, Any]:
     try:
-        return model_folder.read_config(model_folder.snapshot(config.actor.path))
+        return model_folder.read_config(builtin.folder(config.actor.path))
     except UserError:
         return {}
 
@@ -112,17 +113,17 @@ def _places(config: Config, report: _Report) -> bool:
     usable = True
     checks: tuple[tuple[str, str, Callable[[Config], object], bool], ...] = (
         ("models", f"{config.actor.path}; the reference reads the same tokens", preflight.check_models, True),
-        ("memory", "weights, optimizer and the longest pair fit", preflight.check_memory, False),
+        ("memory", "weights, optimizer and the longest pair fit", fits.check_memory, False),
         (
             "disk",
             f"checkpoints and the model fit below {config.cluster.fileroot}",
-            preflight.check_disk,
+            fits.check_disk,
             False,
         ),
         ("data files", config.train_dataset.path, preflight.check_data, True),
     )
     for name, fine, check, is_needed in checks:
-        if not is_needed and not preflight.shape_is_known(config):
+        if not is_needed and fits.shape_of(config) is None:
             report.add(name, "not known: the sizes of actor.path are not", "look")
             continue
         try:

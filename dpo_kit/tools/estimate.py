@@ -26,10 +26,11 @@ from dpo_kit.model.costs import (
     Shape,
     checkpoint_bytes,
     checkpoints_at_once,
-    remedy,
+    disk_need,
+    memory_problem,
     step_bytes,
 )
-from dpo_kit.model.model_folder import config_in_effect, fingerprint, known_hashes, snapshot
+from dpo_kit.model.model_folder import fingerprint, known_hashes, read_shape, snapshot
 from dpo_kit.model.packing import pair_costs, plan_step
 from dpo_kit.preferences import PairStore
 from dpo_kit.system import machine
@@ -58,7 +59,7 @@ def make(config: Config, *, probe: bool = True) -> dict[str, Any]:
         UserError: the model's config.json is nowhere, or the data cannot be used.
     """
     folder = model_folder(config.actor.path)
-    shape = _shape(config.actor.path, folder)
+    shape = read_shape(str(folder))
     num_ranks = config_module.parse_backend(config.actor.backend).world_size
     train, valid = _stores(config)
     free = machine.free_bytes_of_rank(num_ranks, on_cuda=bool(config.cluster.n_gpus_per_node))
@@ -74,13 +75,19 @@ def make(config: Config, *, probe: bool = True) -> dict[str, Any]:
         "disk": None,
         "problems": [],
     }
-    if found["memory"]["total"] > free:
-        found["problems"].append(_memory_problem(config, shape, found))
-    elif probe and train is not None:
+    largest = tokens["largest_micro_batch"]
+    no_memory = memory_problem(
+        shape,
+        config,
+        num_ranks=num_ranks,
+        tokens=largest,
+        longest=tokens.get("longest_pair") or 1,
+        free_bytes=free,
+    )
+    if probe and train is not None and not no_memory:
         found["time"] = _time(config, shape, folder, found, train, valid)
-    found["disk"] = _disk(config, shape, found, train, valid)
-    if found["disk"]["total"] > found["disk"]["free"]:
-        found["problems"].append(_disk_problem(config, found["disk"]))
+    found["disk"], no_disk = _disk(config, shape, found, train, valid)
+    found["problems"] = [problem for problem in (no_memory, no_disk) if problem]
     return found
 
 
@@ -103,18 +110,6 @@ def model_folder(path: str) -> Path:
         raise UserError(
             f"actor.path = {path!r}: its config.json is neither in a local folder nor given by the hub"
             f" ({type(error.__cause__).__name__}); download the model, or give a folder with config.json"
-        ) from error
-
-
-def _shape(path: str, folder: Path) -> Shape:
-    made = config_in_effect(folder)
-    try:
-        return Shape.of(made)
-    except (KeyError, ValueError) as error:
-        what = f"no {error.args[0]}" if isinstance(error, KeyError) else f"a size that is none ({error})"
-        raise UserError(
-            f"actor.path = {path!r}: its config.json has {what}, so its size is not known;"
-            " llama, qwen2, qwen3 and mistral models can be estimated"
         ) from error
 
 
@@ -276,46 +271,28 @@ def _samples_s(config: Config, shape: Shape, valid: PairStore | None, device: st
 
 def _disk(
     config: Config, shape: Shape, found: dict[str, Any], train: PairStore | None, valid: PairStore | None
-) -> dict[str, int]:
-    """Bytes that the run adds below `cluster.fileroot`, by part, and what is free there."""
+) -> tuple[dict[str, int], str]:
+    """Bytes that the run adds below `cluster.fileroot`, by part, and what is free there; why they do not fit."""
     root, tokens = Path(config.cluster.fileroot), found["tokens"]
     stores = [store for store in (train, valid) if store is not None]
     step_s = found["time"]["step"] if found["time"] else 0.0
     weights = shape.params * DTYPE_BYTES[config.actor.dtype]
-    evaluations, exports, checkpoints = _counts(config, tokens["pairs"], step_s)
+    evaluations, exports, due = _counts(config, tokens["pairs"], step_s)
+    checkpoints = checkpoints_at_once(config, due)
     num_pairs = sum(map(len, stores))
     num_valid = len(valid) if valid is not None else 0
     parts = {
         "pair_store": sum(f.stat().st_size for store in stores for f in store.path.iterdir()),
         "reference_cache": 0 if config.ref.logps == "online" else CACHE_BYTES * num_pairs,
         "exports": exports * weights,
-        "checkpoints": checkpoints_at_once(config, checkpoints) * checkpoint_bytes(shape, config),
+        "checkpoints": checkpoints * checkpoint_bytes(shape, config),
         "records": tokens.get("steps", 0) * METRICS_BYTES + evaluations * num_valid * EVALUATION_BYTES,
     }
-    return {**parts, "total": sum(parts.values()), "free": machine.free_disk(root)}
-
-
-def _disk_problem(config: Config, disk: dict[str, int]) -> str:
-    return (
-        f"the run writes {_gib(disk['total'])} below cluster.fileroot = {config.cluster.fileroot} and"
-        f" {_gib(disk['free'])} are free there ({_gib(disk['exports'])} of it exports, {_gib(disk['checkpoints'])}"
-        " checkpoints); use saver.freq_steps=null saver.freq_epochs=null, or another cluster.fileroot"
-    )
-
-
-# --- what fits ------------------------------------------------------------------------------------------------
-
-
-def _memory_problem(config: Config, shape: Shape, found: dict[str, Any]) -> str:
-    needed, tokens, num_ranks = found["memory"], found["tokens"], found["ranks"]
-    longest = tokens.get("longest_pair") or 1
-    where = f"{num_ranks} CPU rank{'s' * (num_ranks > 1)}" if found["device"] == "cpu" else "each device"
-    times = num_ranks if found["device"] == "cpu" else 1
-    return (
-        f"a step with {tokens['largest_micro_batch']} tokens a micro-batch needs {_gib(times * needed['total'])} on"
-        f" {where}, and {_gib(times * needed['free'])} are free; "
-        + remedy(shape, config, num_ranks=num_ranks, free_bytes=needed["free"], longest=longest)
-    )
+    free, other = machine.free_disk(root), sum(parts.values()) - parts["exports"] - parts["checkpoints"]
+    problem = disk_need(
+        shape, config, checkpoints=checkpoints, models=exports, free_bytes=free, other_bytes=other
+    )[1]
+    return {**parts, "total": sum(parts.values()), "free": free}, problem
 
 
 # --- the table ------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dpo_kit.errors import UserError
 from dpo_kit.records import findings, lock, manifest, metrics, resuming, run_folder
+from dpo_kit.records.facts import read_facts
 from dpo_kit.records.status import read_rank_errors, steps_text
 from dpo_kit.runs import Run
 from dpo_kit.system.machine import size_of, size_text
@@ -66,6 +67,6 @@ def show_text(run: Run) -> str:
     lines.append(f"  made by  {', '.join(f'{name} {version}' for name, version in versions.items())}")
     lines.append(f"  repeat   {manifest.repeat_command(run.dir)}")
     if status.get("state") not in ("done", "queued", "running"):
-        lines += [f"  next     {line}" for line in resuming.way_on(run.dir, status).splitlines()]
+        lines += [f"  next     {line}" for line in resuming.way_on(read_facts(run.dir)).splitlines()]
     lines.append(f"  folder   {run.dir} ({size_text(size_of(run.dir))})")
     return "\n".join(lines)

@@ -22,7 +22,7 @@ from dpo_kit.config import Config
 from dpo_kit.dataset import tokens
 from dpo_kit.dataset.layouts import ASSISTANT_MARK, CONVERSATION, RAW
 from dpo_kit.errors import ExitStatus, UserError
-from dpo_kit.model import builtin, model_folder
+from dpo_kit.model import builtin
 from dpo_kit.model.pair_model import quiet
 from dpo_kit.model.parallel import DTYPES
 from dpo_kit.preferences import PairStore, open_store
@@ -101,7 +101,7 @@ def load_plain(path: str, dtype: str) -> Any:
 
     with quiet():
         model: Any = AutoModelForCausalLM.from_pretrained(
-            model_folder.snapshot(path), dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False
+            builtin.folder(path), dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False
         )
     # Sampling is stated in full by `generate`; defaults that a model ships (top_k, ...) must not mix in.
     model.generation_config = GenerationConfig()

@@ -40,20 +40,13 @@ class Html:
         return self.text or "(shown in a notebook)"
 
 
-def escape(value: object, limit: int | None = None) -> str:
+def escape(value: object) -> str:
     """Any value as inert HTML text.
 
     Markup characters and quotes become entities. Control and direction characters, which could hide or
-    reorder what is shown, become visible code points. `limit` keeps that many characters and says how many
-    were left out.
+    reorder what is shown, become visible code points.
     """
-    text = str(value)
-    left_out = 0 if limit is None else max(0, len(text) - limit)
-    if left_out:
-        text = text[:limit]
-    text = visible(text)
-    suffix = f" … ({left_out} more characters)" if left_out else ""
-    return html.escape(text, quote=True) + suffix
+    return html.escape(visible(str(value)), quote=True)
 
 
 def visible(text: str) -> str:

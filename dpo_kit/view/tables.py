@@ -223,14 +223,8 @@ def _rule_line(before: np.ndarray, after: np.ndarray) -> str:
     if len(before) < 2:
         return f"The ranking rule scores {before.mean():.3f} before and {after.mean():.3f} after (one prompt only)."
     paired = analysis.paired_interval(before, after)
-    verdict = "above 0" if paired.low > 0 else "below 0" if paired.high < 0 else "includes 0"
-    return (
-        f"The ranking rule's score over {paired.n} held-out prompts: {paired}; the interval {_lies(verdict)}."
-    )
-
-
-def _lies(verdict: str) -> str:
-    return verdict if verdict.startswith("includes") else f"lies {verdict}"
+    verdict = "lies above 0" if paired.low > 0 else "lies below 0" if paired.high < 0 else "includes 0"
+    return f"The ranking rule's score over {paired.n} held-out prompts: {paired}; the interval {verdict}."
 
 
 def _rule_applies(settings: Config) -> bool:

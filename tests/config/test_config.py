@@ -318,7 +318,21 @@ def test_valid_dataset_is_a_path_or_a_share_of_the_training_prompts():
 
 @pytest.mark.parametrize(
     "name",
-    ["a/b", "a\\b", "../up", "/abs", "a..b", ".hidden", "-flag", "x" * 129, "é" * 128, " x", "x ", "a\tb"],
+    [
+        "a/b",
+        "a\\b",
+        "../up",
+        "/abs",
+        "a..b",
+        ".hidden",
+        "-flag",
+        "~x",
+        "x" * 129,
+        "é" * 128,
+        " x",
+        "x ",
+        "a\tb",
+    ],
 )
 @pytest.mark.parametrize("field", ["experiment_name", "trial_name"])
 def test_names_of_runs_are_one_folder(field, name):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dev.sample import make_sample, report
-from dpo_kit.model import builtin
+from dpo_kit.model import builtin, model_folder
 from dpo_kit.view import ranking
 
 SHA256 = {
@@ -113,7 +113,7 @@ def test_a_pair_is_short(parts):
     """The recorded means, counted again where the tokenizer is already in the cache."""
     rows = sum(len(pairs) for pairs in parts.values())
     assert sum(MEAN_TOKENS[name] * len(pairs) for name, pairs in parts.items()) / rows <= 60
-    if not builtin.cached(builtin.SMOLLM2):
+    if not model_folder.cached(builtin.SMOLLM2):
         pytest.skip("smollm2-135m-instruct is not in the cache; the recorded means were checked")
     tokenizer = builtin.load_tokenizer(builtin.SMOLLM2)
     for name, pairs in parts.items():

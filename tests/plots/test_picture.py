@@ -144,7 +144,12 @@ def test_panels_hold_their_own_curves():
     figure = plots.rewards(("one", LINES))
     read = image.imread(io.BytesIO(picture.png(figure, plots.WIDTH, plots.HEIGHT)), format="png")
     pixels = np.round(read[80:, :, :3] * 255).astype(int)  # below legend and titles
-    for colour, panel in ((plots.BLUE, 0), (plots.VERMILLION, 0), (plots.GREEN, 1), (plots.PURPLE, 2)):
+    for colour, panel in (
+        (picture.BLUE, 0),
+        (picture.VERMILLION, 0),
+        (picture.GREEN, 1),
+        (picture.PURPLE, 2),
+    ):
         _, columns = np.nonzero(is_colour(pixels, colour))
         assert len(columns) > 20
         assert set(np.unique(columns * 3 // plots.WIDTH)) <= {panel, panel + 1} - {3}

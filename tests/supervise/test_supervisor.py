@@ -399,7 +399,7 @@ def test_a_run_that_is_killed_while_it_makes_samples_is_not_trained_again(make_r
     process.kill()
     process.wait()
     (run_dir / "play.json").write_text(json.dumps({"prepare": [], "worker": {}, "samples": []}))
-    start.begin_anew(run_dir)
+    start.begin(run_dir)
     assert supervise(run_dir, **MODULES) == 0  # ranks without a part to play would fail
     status = read_status(run_dir)
     assert (status["state"], status["step"], status["samples"]) == ("done", 3, "made")

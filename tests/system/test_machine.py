@@ -2,45 +2,42 @@
 
 from __future__ import annotations
 
-import ctypes
 import subprocess
 import sys
 from types import SimpleNamespace
 
+import pynvml
 import pytest
 
 from dpo_kit.system import machine
 
-
-class FakeNvml:
-    """The five calls of the driver's library that are used."""
-
-    def __init__(self, names, status=0):
-        self.names, self.status = names, status
-
-    def nvmlInit_v2(self):
-        return self.status
-
-    def nvmlShutdown(self):
-        return 0
-
-    def nvmlDeviceGetCount_v2(self, count):
-        count._obj.value = len(self.names)
-        return 0
-
-    def nvmlDeviceGetHandleByIndex_v2(self, index, handle):
-        handle._obj.value = index.value + 1
-        return 0
-
-    def nvmlDeviceGetName(self, handle, name, size):
-        name.value = self.names[handle.value - 1].encode()
-        return 0
+UUIDS = ["GPU-1a11", "GPU-1b22", "GPU-2c33", "GPU-3d44"]
+MIG = "MIG-7e55"
 
 
 @pytest.fixture
 def four(monkeypatch):
+    """A driver with four devices; a handle is the device's UUID. The second is full, with somebody else's work."""
+    free = dict(zip([*UUIDS, MIG], [70, 0, 60, 50, 5], strict=True))
+
+    def by_uuid(uuid):
+        if uuid not in free:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
+        return uuid
+
+    fakes = {
+        "nvmlInit": lambda: None,
+        "nvmlShutdown": lambda: None,
+        "nvmlDeviceGetCount": lambda: len(UUIDS),
+        "nvmlDeviceGetHandleByIndex": lambda index: UUIDS[index],
+        "nvmlDeviceGetHandleByUUID": by_uuid,
+        "nvmlDeviceGetUUID": lambda handle: handle,
+        "nvmlDeviceGetName": lambda handle: "NVIDIA H200",
+        "nvmlDeviceGetMemoryInfo": lambda handle: SimpleNamespace(free=free[handle]),
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(pynvml, name, fake)
     monkeypatch.setattr(machine, "torch_has_cuda", lambda: True)
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: FakeNvml(["NVIDIA H200"] * 4))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     return monkeypatch
 
@@ -48,25 +45,45 @@ def four(monkeypatch):
 def test_all_devices_are_visible_by_default(four):
     assert machine.device_names() == ["NVIDIA H200"] * 4
     assert machine.visible_devices() == 4
+    assert machine.free_device_bytes() == 0
 
 
 @pytest.mark.parametrize(
-    ("chosen", "count"),
+    ("chosen", "count", "free"),
     [
-        ("", 0),
-        ("-1", 0),
-        ("0", 1),
-        ("2,0", 2),
-        ("0, 1", 2),
-        ("0,-1,1", 1),
-        ("0,7,1", 1),
-        ("GPU-1a,GPU-2b", 2),
-        ("x", 0),
+        ("", 0, None),
+        ("-1", 0, None),
+        ("x", 0, None),
+        ("0", 1, 70),
+        ("2,0", 2, 60),
+        ("0, 1", 2, 0),
+        ("0,-1,1", 1, 70),
+        ("0,7,1", 1, 70),
+        ("0,,1", 1, 70),
+        ("0,0", 0, None),
+        ("GPU-2c33,GPU-1a11", 2, 60),
+        ("GPU-2,GPU-3d, GPU-1b", 3, 0),
+        ("GPU-2,GPU-1,GPU-3", 1, 60),  # GPU-1 is two of them
+        ("GPU-2,GPU-2c33", 0, None),
+        ("GPU-3,GPU-9,GPU-1a", 1, 50),
+        ("GPU-3,0", 1, 50),
+        ("0,GPU-3", 1, 70),
+        (MIG, 1, 5),
+        (f"{MIG},MIG-8f66", 1, 5),
+        ("MIG-8f66", 0, None),
     ],
 )
-def test_the_environment_chooses_as_cuda_reads_it(four, chosen, count):
+def test_the_environment_chooses_as_cuda_reads_it(four, chosen, count, free):
     four.setenv("CUDA_VISIBLE_DEVICES", chosen)
-    assert machine.visible_devices() == count
+    assert (machine.visible_devices(), machine.free_device_bytes()) == (count, free)
+
+
+def test_a_full_device_of_somebody_else_refuses_no_run(four):
+    four.setattr(machine, "free_host_bytes", lambda: 8)
+    assert machine.free_bytes_of_rank(2, on_cuda=True) == 0
+    four.setenv("CUDA_VISIBLE_DEVICES", "GPU-3d44,GPU-1a11")
+    assert machine.free_bytes_of_rank(2, on_cuda=True) == 50
+    assert machine.free_bytes_of_rank(2, on_cuda=False) == 4
 
 
 def test_a_torch_without_cuda_sees_none(four):
@@ -74,21 +91,15 @@ def test_a_torch_without_cuda_sees_none(four):
     assert machine.visible_devices() == 0
 
 
-def test_a_driver_that_does_not_answer_is_no_device(four):
-    four.setattr(ctypes, "CDLL", lambda name: FakeNvml(["x"], status=9))
-    assert machine.visible_devices() == 0
+@pytest.mark.parametrize("call", ["nvmlInit", "nvmlDeviceGetCount"])
+@pytest.mark.parametrize("error", [pynvml.NVML_ERROR_LIBRARY_NOT_FOUND, pynvml.NVML_ERROR_DRIVER_NOT_LOADED])
+def test_without_a_driver_that_answers_there_is_no_device(four, call, error):
+    def fail():
+        raise pynvml.NVMLError(error)
 
-
-def test_without_the_library_the_command_is_asked(four):
-    def missing(name):
-        raise OSError(name)
-
-    four.setattr(ctypes, "CDLL", missing)
-    said = "GPU 0: NVIDIA H200 (UUID: GPU-1)\nGPU 1: NVIDIA L4 (UUID: GPU-2)\n"
-    four.setattr(subprocess, "run", lambda *a, **k: SimpleNamespace(returncode=0, stdout=said))
-    assert machine.device_names() == ["NVIDIA H200", "NVIDIA L4"]
-    four.setattr(subprocess, "run", lambda *a, **k: missing("nvidia-smi"))
-    assert machine.device_names() == []
+    four.setattr(pynvml, call, fail)
+    assert (machine.visible_devices(), machine.device_names()) == (0, [])
+    assert machine.free_device_bytes() is None
 
 
 @pytest.mark.parametrize(
@@ -107,6 +118,6 @@ def test_the_build_of_torch_is_read_from_its_version_file(tmp_path, monkeypatch,
 
 
 def test_asking_does_not_import_torch():
-    code = "import sys; from dpo_kit.system import machine; machine.visible_devices(); print('torch' in sys.modules)"
+    code = "import sys; from dpo_kit.system import machine; machine.device_names(); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

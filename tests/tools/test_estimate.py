@@ -15,6 +15,7 @@ from dpo_kit.errors import UserError
 from dpo_kit.launch import preflight
 from dpo_kit.model import builtin, costs, model_folder
 from dpo_kit.model.packing import pair_costs, plan_step
+from dpo_kit.supervise import fits
 from dpo_kit.system import machine
 from dpo_kit.tools import estimate, probe
 from tests.helpers import random_pairs, store_of, tiny_config
@@ -183,7 +184,7 @@ def test_too_little_memory_is_refused_with_a_setting_that_fits(params_file, memo
 def test_too_little_disk_is_refused(params_file, memory_of, capsys):
     memory_of(64 * GIB, disk=MIB // 10)
     assert cli.main(["estimate", "--config", params_file, "--no-probe"]) == 2
-    assert "0.10 MiB are free there" in capsys.readouterr().err
+    assert "0.1 MiB are free; use recover.keep=1, " in capsys.readouterr().err
 
 
 def test_a_launch_that_cannot_fit_leaves_no_folder(config, memory_of, tmp_path):
@@ -199,12 +200,12 @@ def test_a_launch_that_cannot_fit_leaves_no_folder(config, memory_of, tmp_path):
 
 
 def test_the_longest_pair_is_known_from_a_built_store(config, memory_of):
-    assert preflight.longest_known_pair(config) == 1
+    assert fits.longest_known_pair(config) == 1
     store = dataset.build(config)
     longest = int(pair_costs(store.all_lengths(), True).max())
-    assert preflight.longest_known_pair(config) == longest
+    assert fits.longest_known_pair(config) == longest
     config.train_dataset.max_length -= 1
-    assert preflight.longest_known_pair(config) == 1
+    assert fits.longest_known_pair(config) == 1
 
 
 def test_models_that_are_not_here_are_not_judged(config, memory_of):
