@@ -56,39 +56,33 @@ def save(
     Raises:
         UserError: it cannot be written; the message names the folder and what is free there.
     """
-    names, found = [""], dict[str, dict[str, Any]]()
 
-    def begin() -> None:
-        if world.is_main:
-            names[0] = str(stack.enter_context(folders.staged(folder, "replace")))
+    def begin() -> str:
+        return str(stack.enter_context(folders.staged(folder, "replace"))) if world.is_main else ""
 
     def write() -> None:
         from safetensors.torch import save_file
 
-        part, writer = Path(names[0]), FileSystemWriter(names[0], single_file_per_rank=True)
+        writer = FileSystemWriter(str(part), single_file_per_rank=True)
         dcp.save(_tensors(policy, optimizer), storage_writer=writer)
         save_file(_generators(world.device), part / f"rank-{world.rank}.safetensors")
         if world.is_main:
             text = to_json({**facts, "num_ranks": world.size}, indent=1)
             (part / records_checkpoints.STATE).write_text(text, "utf-8")
 
-    def read() -> None:  # for the hashes, shared: every rank its part of the files
-        part = Path(names[0])
-        found.update(folders.hashes(part, folders.file_names(part)[world.rank :: world.size]))
+    def read() -> dict[str, dict[str, Any]]:  # for the hashes, shared: every rank its part of the files
+        return folders.hashes(part, folders.file_names(part)[world.rank :: world.size])
 
     def seal() -> None:
         if world.is_main:
-            folders.seal(Path(names[0]), found)
+            folders.seal(part, {name: made for found in hashes for name, made in found.items()})
             stack.close()
 
     try:
         with contextlib.ExitStack() as stack:
-            _together(world, begin)
-            names[0] = world.of_main(names[0])
-            for act in (write, read):
-                _together(world, act)
-            for part in world.gather(found):
-                found.update(part)
+            part = Path(_together(world, begin)[0])
+            _together(world, write)
+            hashes = _together(world, read)
             _together(world, seal)
     except _Failed as failed:
         raise UserError(_why_not_saved(folder, str(failed), policy, optimizer)) from None
@@ -176,19 +170,20 @@ class _Failed(Exception):
     """A rank could not write; every rank raises it, with the words of the first that failed."""
 
 
-def _together(world: World, act: Callable[[], None]) -> None:
-    """Runs `act` on every rank; raises on all of them when one of them could not."""
-    problem = ""
+def _together(world: World, act: Callable[[], Any]) -> list[Any]:
+    """What `act` gives on each rank, by rank; raises on all of them when one of them could not."""
+    problem, value = "", None
     try:
-        act()
+        value = act()
     except CheckpointException as error:  # raised on every rank, with what each of them said
         problem = next((str(cause) for cause, _ in error.failures.values()), str(error))
     except Exception as error:  # whatever it is (safetensors has errors of its own): the others must not wait
         problem = str(error) or type(error).__name__
-    problems = world.gather(problem)
-    if any(problems):
-        rank = next(rank for rank, text in enumerate(problems) if text)
-        raise _Failed(f"rank {rank}: {' '.join(problems[rank].split())[:200]}")
+    given = world.gather((problem, value))
+    for rank, (problem, _) in enumerate(given):
+        if problem:
+            raise _Failed(f"rank {rank}: {' '.join(problem.split())[:200]}")
+    return [value for _, value in given]
 
 
 def _why_not_saved(folder: Path, cause: str, policy: nn.Module, optimizer: torch.optim.Optimizer) -> str:
