@@ -11,7 +11,6 @@ from dpo_kit.system.processes import end_tree
 from tests.fakes import Fakes
 from tests.ranks import Ranks
 
-
 # Tiny models: two threads that wait for each other take up to 30 times the processor time of one. Ranks have their own.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
