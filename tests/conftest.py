@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from dpo_kit.model import model_folder
 from dpo_kit.system.processes import end_tree
 from tests.fakes import Fakes
 from tests.ranks import Ranks
+
+# Tiny models: two threads that wait for each other take up to 30 times the processor time of one. Ranks have their own.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shlex
 import shutil
@@ -9,7 +10,7 @@ import shutil
 import pytest
 
 from dpo_kit import launch, runs
-from dpo_kit.errors import UserError
+from dpo_kit.errors import RunError, UserError
 from dpo_kit.launch import forks
 from dpo_kit.records import manifest, metrics, status
 from dpo_kit.system import folders, machine
@@ -32,6 +33,7 @@ RUNS = {
     "an orphan": [["train", 3, 0.02], ["checkpoint", 2], ["raise", "ValueError", "boom"]],
     "a fork without a checkpoint": [["train", 3, 0.02], ["checkpoint", 2], ["raise", "ValueError", "boom"]],
 }
+STARTS_ANEW = ("stopped without a checkpoint", "failed without a checkpoint", "failed by a mistake")
 
 
 def commands(text):
@@ -66,7 +68,8 @@ def make(fakes, monkeypatch):
             until(lambda: len(metrics.read_metrics(run.dir)) >= 4)
             run.stop()
         else:
-            until(lambda: not run.is_live)
+            with contextlib.suppress(RunError):
+                run.wait(timeout=60, show=False)
         if kind == "trained":
             (run.dir / "model").mkdir()
             (run.dir / "model" / "weights").write_text("x")
@@ -99,51 +102,84 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("kind", WAYS)
-def test_what_a_run_says_at_its_end_works(fakes, make, kind):
+class Recommended:
+    """A run, and the commands that messages about it hold; each is tried once, on the run as it was."""
+
+    def __init__(self, fakes, run, kept):
+        self.fakes, self.run, self.kept = fakes, run, kept
+        shutil.copytree(fakes.fileroot, kept, symlinks=True)
+        self.checks = {}
+
+    def restore(self):
+        shutil.rmtree(self.fakes.fileroot)
+        shutil.copytree(self.kept, self.fakes.fileroot, symlinks=True)
+
+    def add(self, text, check=lambda out: None):
+        """The commands in a message, to be tried; `check` sees what each prints."""
+        found = commands(text)
+        for words in found:
+            self.checks.setdefault(tuple(words), []).append(check)
+        return found
+
+    def add_refusal(self, *overrides):
+        """Starting the trial again is refused; the message, and its commands."""
+        with pytest.raises(UserError) as caught:
+            self.start(*overrides)
+        return str(caught.value), self.add(str(caught.value))
+
+    def start(self, *overrides):
+        return launch.start(
+            self.fakes.config(f"trial_name={self.run.dir.name}", "total_train_steps=3", *overrides)
+        )
+
+    def accept_all(self):
+        for words, checks in self.checks.items():
+            self.restore()
+            out = accept(self.fakes, words)
+            for check in checks:
+                check(out)
+        self.restore()
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_what_is_recommended_works(fakes, make, kind):
+    """What a run says at its end, what starting it again says, and what resuming it with other settings says."""
     run = make(kind)
-    told = run.epitaph()
-    assert WAYS[kind] in told
-    assert all(f"  next     {line}" in listing.show_text(run) for line in told.splitlines()[2:])
-    found = commands(told)
-    assert len(found) == {"damaged": 0, "failed by a mistake": 2}.get(kind, 1)
-    for words in found:
-        accept(fakes, words)
-        status.update_status(run.dir, state="failed", trained=False)
+    recommended = Recommended(fakes, run, fakes.root / "kept")
+    if kind in WAYS:
+        at_its_end(run, kind, recommended)
+    told, found = recommended.add_refusal()
+    assert bool(found) == (kind not in ("damaged", "a fork without a checkpoint"))
+    goes_on = "recover.mode=auto" in told
+    is_refused = another_configuration(run, kind, recommended)
+    if kind != "damaged":
+        resume_with_other_settings(run, recommended)
+    recommended.accept_all()
+    fakes.play([["train", 3, 0.02]])
+    if goes_on:
+        recommended.start("recover.mode=auto").wait(show=False)
+        recommended.restore()
+    if not is_refused:
+        recommended.start("actor.beta=0.2", "recover.mode=auto").wait(show=False)
     if kind == "damaged":  # what it says in words
         shutil.rmtree(run.dir / "checkpoints")
         accept(fakes, ["runs", "resume", str(run.dir)])
 
 
-@pytest.mark.parametrize("kind", RUNS)
-def test_what_the_same_trial_again_recommends_works(fakes, make, kind):
-    run = make(kind)
+def at_its_end(run, kind, recommended):
+    told = run.epitaph()
+    assert WAYS[kind] in told
+    assert all(f"  next     {line}" in listing.show_text(run) for line in told.splitlines()[2:])
+    assert len(recommended.add(told)) == {"damaged": 0, "failed by a mistake": 2}.get(kind, 1)
+
+
+def another_configuration(run, kind, recommended):
+    """Whether the trial is refused with another beta: one that has no checkpoint starts anew in its place."""
+    if kind in STARTS_ANEW:
+        return False
     with pytest.raises(UserError) as caught:
-        launch.start(fakes.config(f"trial_name={run.dir.name}", "total_train_steps=3"))
+        recommended.start("actor.beta=0.2", "recover.mode=auto")
     told = str(caught.value)
-    found = commands(told)
-    assert bool(found) == (kind not in ("damaged", "a fork without a checkpoint"))
-    for words in found:
-        accept(fakes, words)
-    if "recover.mode=auto" in told:
-        launch.start(
-            fakes.config(f"trial_name={run.dir.name}", "total_train_steps=3", "recover.mode=auto")
-        ).wait()
-
-
-@pytest.mark.parametrize("kind", RUNS)
-def test_what_another_configuration_recommends_works(fakes, make, kind):
-    run = make(kind)
-    others = [f"trial_name={run.dir.name}", "total_train_steps=3", "actor.beta=0.2"]
-    fakes.play([["train", 3, 0.02]])
-    try:
-        again = launch.start(fakes.config(*others, "recover.mode=auto"))
-    except UserError as error:
-        told = str(error)
-    else:
-        again.wait(show=False)
-        assert kind.endswith("without a checkpoint") or kind == "failed by a mistake"
-        return
     has_fork = kind in (
         "stopped",
         "failed",
@@ -151,29 +187,30 @@ def test_what_another_configuration_recommends_works(fakes, make, kind):
         "an orphan",
         "a fork without a checkpoint",
     )
-    assert [words[:3] for words in commands(told)] == [["dpo-kit", "runs", "fork"]] * has_fork
+    beta = 0.1 if "without" in kind else 0.2
+
+    def forked(out):
+        assert runs.open(out[-1]).config.actor.beta == beta
+
+    found = recommended.add(told, forked)
+    assert [words[:3] for words in found] == [["dpo-kit", "runs", "fork"]] * has_fork
     assert ("use another trial_name" in told) == (kind not in ("damaged", "a fork without a checkpoint"))
-    for words in commands(told):
-        out = accept(fakes, words)
-        child = runs.open(out[-1])
-        assert child.config.actor.beta == (0.1 if "without" in kind else 0.2)
     # Without recover.mode=auto it is not offered either.
-    with pytest.raises(UserError) as caught:
-        launch.start(fakes.config(*others))
-    assert "recover.mode=auto" not in str(caught.value)
+    told, _ = recommended.add_refusal("actor.beta=0.2")
+    assert "recover.mode=auto" not in told
+    return True
 
 
-@pytest.mark.parametrize("kind", [kind for kind in RUNS if kind != "damaged"])
-def test_what_a_resume_with_other_settings_recommends_works(fakes, make, kind):
-    run, found = make(kind), []
+def resume_with_other_settings(run, recommended):
+    found = []
     for override in ("actor.beta=0.5", "total_train_steps=5", "seed=7"):
         status, _, err = call("runs", "resume", run.dir, override)
         assert status == 2
-        found += commands(err[0])
+        found += [(words, err[0]) for words in commands(err[0])]
     assert len(found) == 3
-    here = [words for words in found if "recover.mode=auto" in words]  # the others leave the run as it is
-    for words in [words for words in found if words not in here] + here[:1]:
-        accept(fakes, words)
+    here = [(words, text) for words, text in found if "recover.mode=auto" in words]
+    for _, text in [pair for pair in found if pair not in here] + here[:1]:
+        recommended.add(text)
 
 
 def test_a_shorter_run_is_sent_to_an_earlier_checkpoint(fakes, make):

@@ -47,7 +47,7 @@ def resolve_world(config: Config, say: Say | None = None) -> Config:
         raise ConfigError([machine.too_many(int(wanted), visible)])
     _fill_backend(config, automatic=wanted == "auto")
     config_module.check(config)
-    say(_told(config, visible))
+    say(_devices_text(config, visible))
     return config
 
 
@@ -72,7 +72,7 @@ def _fill_backend(config: Config, *, automatic: bool) -> None:
         )
 
 
-def _told(config: Config, visible: int) -> str:
+def _devices_text(config: Config, visible: int) -> str:
     num_ranks = config_module.parse_backend(config.actor.backend).world_size
     plural = "s" if num_ranks > 1 else ""
     if not config.cluster.n_gpus_per_node:
