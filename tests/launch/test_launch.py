@@ -131,22 +131,18 @@ def test_the_manifest_tells_what_the_run_was_made_from(fakes):
     assert resolved_config["trial_name"] == "a trial"
 
 
-def test_start_needs_under_a_second_and_no_torch(fakes):
+def test_start_imports_nothing_heavy(fakes):
     code = (
-        "import sys, time; t = time.monotonic()\n"
+        "import sys\n"
         "from dpo_kit import config, launch; from tests.fakes import TREE\n"
-        "imported = time.monotonic() - t; t = time.monotonic()\n"
         "c = config.from_tree(TREE, [f'cluster.fileroot={sys.argv[1]}/runs'], root=sys.argv[1])\n"
-        "run = launch.start(c, owner='interactive'); print(imported, time.monotonic() - t)\n"
-        "print([m for m in ('torch', 'transformers', 'datasets', 'plotly', 'pandas') if m in sys.modules])\n"
+        "run = launch.start(c, owner='interactive')\n"
+        "heavy = ('torch', 'transformers', 'datasets', 'plotly', 'pandas')\n"
+        "print([m for m in heavy if m in sys.modules])\n"
     )
     command = [sys.executable, "-c", code, str(fakes.root)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    *_, times, heavy = done.stdout.splitlines()
-    imported_s, start_s = map(float, times.split())
-    assert heavy == "[]"
-    assert start_s < 1.0
-    assert imported_s < 2.5  # 0.4 s on an idle machine
+    assert done.stdout.splitlines()[-1] == "[]"
     runs.find("exp/" + fakes.folders()[0].split("/")[1], fakes.fileroot).stop()
 
 
