@@ -118,7 +118,7 @@ def fingerprints(config: Config, stores: dict[str, Any]) -> dict[str, Any]:
     return {
         **{split: None if store is None else store.fingerprint for split, store in stores.items()},
         "weights": {
-            name: model_folder.fingerprint(path, known)
+            name: model_folder.fingerprint(builtin.ensure(path), known)
             for name, path in (("actor", config.actor.path), ("ref", config.ref.path))
         },
     }
@@ -187,7 +187,9 @@ def check_values(config: Config, progress: model_folder.Progress = lambda done, 
     """
     for field, path in _weights(config).items():
         try:
-            model_folder.fingerprint(path, model_folder.known_hashes(config.cluster.fileroot), progress)
+            model_folder.fingerprint(
+                builtin.ensure(path), model_folder.known_hashes(config.cluster.fileroot), progress
+            )
         except UserError as error:
             raise ConfigError([f"{field}: {error}"]) from None
 

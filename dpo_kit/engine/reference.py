@@ -29,7 +29,7 @@ from dpo_kit.engine.state import (
     Engine,
     longest_tokens,
 )
-from dpo_kit.model import model_folder, pair_model
+from dpo_kit.model import builtin, model_folder, pair_model
 from dpo_kit.preferences import PairStore
 from dpo_kit.records.findings import Finding
 
@@ -52,8 +52,9 @@ def prepare(engine: Engine, train_rows: np.ndarray | None = None) -> dict[str, s
     weights = {}
     if world.is_main:
         known = model_folder.known_hashes(fileroot)
+        paths = {"actor": config.actor.path, "ref": config.ref.path}
         weights = {
-            name: model_folder.fingerprint(getattr(config, name).path, known) for name in ("actor", "ref")
+            name: model_folder.fingerprint(builtin.ensure(path), known) for name, path in paths.items()
         }
     weights = world.of_main(weights)
     same = weights["actor"] == weights["ref"]

@@ -229,7 +229,7 @@ def _probed(
 def _missing_tokens(config: Config, train: PairStore, valid: PairStore | None) -> int:
     """Tokens of the pairs of the run that the reference's cache does not hold."""
     root = Path(config.cluster.fileroot)
-    mark = fingerprint(config.ref.path, known_hashes(root))
+    mark = fingerprint(builtin.ensure(config.ref.path), known_hashes(root))
     share = config.actor.share_prompt
     cache = reference.cache_folder(root, mark, config.ref.dtype, "shared" if share else "unshared")
     missing = 0
