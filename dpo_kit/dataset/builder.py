@@ -76,17 +76,17 @@ def build(config: Config, split: str = "train", progress: Progress | None = None
         plan.source.path, name=plan.source.name, split=plan.source.split, section=plan.section
     )
     named = config.tokenizer_path or config.actor.path
-    label, tokenizer = tokens.load_tokenizer(named)
-    fingerprint = tokens.tokenizer_fingerprint(tokenizer)
+    fingerprint = tokens.facts(config, named)["fingerprint"]
     key = _key(plan, source, fingerprint)
     folder = Path(config.cluster.fileroot) / ".cache" / "pairs" / key
     store = _reuse(folder)
     if store is not None:
         # The content is the same, its names may be others than when it was built.
         store.report.update(source=source.label, tokenizer=named)
-        store.meta["tokenizer"]["path"] = label
+        store.meta["tokenizer"]["path"] = builtin.ensure(named)
         _check_dropped(plan, store.report)
         return store
+    label, tokenizer = tokens.load_tokenizer(named)
     arrays, report = collect(
         source,
         tokenizer,

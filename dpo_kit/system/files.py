@@ -5,12 +5,14 @@ Deliberately not here: what a file means (records), large stores (preferences), 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
 import os
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +91,23 @@ def read_json(path: Path, default: Any = None) -> Any:
             f"{path} holds no JSON object; the file was changed outside the kit: put it back, or remove it"
         )
     return content
+
+
+def remembered(cache: Path | None, key: str, make: Callable[[], Any]) -> Any:
+    """A JSON value that is made once: a file remembers it, where there is a folder for it that can be written.
+
+    Args:
+        cache: a JSON object, for all processes.
+        key: everything that the value depends on.
+        make: makes the value; what it raises is not remembered.
+    """
+    known = read_json(cache, {}) if cache else {}
+    if key not in known:
+        known[key] = make()
+        if cache:
+            with contextlib.suppress(OSError):
+                atomic_write(cache, json.dumps(known, indent=1))
+    return known[key]
 
 
 _TAIL_BYTES = 8192
