@@ -97,6 +97,8 @@ def train(run_dir, rank, steps, step_s):
 def main():
     run_dir = Path(sys.argv[1])
     rank = int(os.environ["RANK"]) if "RANK" in os.environ else None
+    if rank is not None:
+        processes.wait_to_go()
     part = Path(sys.argv[0]).stem.removeprefix("fake_") if rank is None else "worker"
     (run_dir / f"pid-{part}{'' if rank is None else f'-{rank}'}").write_text(str(os.getpid()))
     file = run_dir / "play.json"

@@ -113,6 +113,17 @@ def test_a_local_file_needs_no_datasets(run_dir):
     assert (run_dir / "data.json").exists()
 
 
+def test_what_was_prepared_once_is_prepared_again_without_torch(run_dir):
+    code = "from pathlib import Path\nfrom dpo_kit import config, notebook\nfrom dpo_kit.dataset import prepare\n"
+    code += "run_dir = Path(sys.argv[1])\nprepare.prepare(run_dir)\n"
+    first = python(code, str(run_dir), blocked=["torch"])
+    assert "No module named 'torch'" in first.stderr
+    prepare.prepare(run_dir)
+    code += "notebook.build_pairs(config.load(run_dir / 'config.yaml'))\n"
+    done = python(code, str(run_dir), blocked=["torch", "transformers"])
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     ("code", "extra"),
     [

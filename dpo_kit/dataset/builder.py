@@ -26,7 +26,7 @@ from dpo_kit.dataset import tokens
 from dpo_kit.dataset.pairing import IDENTICAL, TOO_LONG, UNUSABLE, Progress, Selection, collect
 from dpo_kit.dataset.rows import Source, open_source
 from dpo_kit.errors import DataError
-from dpo_kit.model import model_folder
+from dpo_kit.model import builtin, model_folder
 from dpo_kit.preferences import PairStore, open_store, write_store
 from dpo_kit.system import machine
 
@@ -74,17 +74,17 @@ def build(config: Config, split: str = "train", progress: Progress | None = None
         plan.source.path, name=plan.source.name, split=plan.source.split, section=plan.section
     )
     named = config.tokenizer_path or config.actor.path
-    label, tokenizer = tokens.load_tokenizer(named)
-    fingerprint = tokens.tokenizer_fingerprint(tokenizer)
+    fingerprint = tokens.facts(config, named)["fingerprint"]
     key = _key(plan, source, fingerprint)
     folder = Path(config.cluster.fileroot) / ".cache" / "pairs" / key
     store = _reuse(folder)
     if store is not None:
         # The content is the same, its names may be others than when it was built.
         store.report.update(source=source.label, tokenizer=named)
-        store.meta["tokenizer"]["path"] = label
+        store.meta["tokenizer"]["path"] = builtin.ensure(named)
         _check_dropped(plan, store.report)
         return store
+    label, tokenizer = tokens.load_tokenizer(named)
     arrays, report = collect(
         source,
         tokenizer,

@@ -14,11 +14,13 @@ a checkpoint (records/resuming).
 from __future__ import annotations
 
 import atexit
+import functools
 import os
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,8 @@ from dpo_kit.preferences import PairStore
 from dpo_kit.records import findings, manifest, resuming, status
 from dpo_kit.records.facts import read_facts
 from dpo_kit.records.findings import Finding
-from dpo_kit.system.files import atomic_write, to_json
+from dpo_kit.system import processes
+from dpo_kit.system.files import atomic_write, remembered, to_json
 
 _WORTH_TELLING_S = 2.0
 
@@ -129,9 +132,17 @@ def _inspect(config: Config, stores: dict[str, Any]) -> Iterator[Finding]:
     made = model_folder.read_config(builtin.folder(config.actor.path))
     yield from inspection.settings(config, made)
     yield from inspection.pairs(stores["train"], stores["valid"])
-    own = builtin.load_tokenizer(config.actor.path) if config.tokenizer_path != config.actor.path else None
-    tokenizer = builtin.load_tokenizer(stores["train"].tokenizer_path)
-    yield from inspection.texts(stores["train"], tokenizer, own or tokenizer)
+    train, paths = stores["train"], (config.tokenizer_path, config.actor.path)
+
+    def look() -> list[dict[str, Any]]:
+        used, own = (tokens.load_tokenizer(path)[1] for path in paths)
+        return [asdict(found) for found in inspection.texts(train, used, own)]
+
+    marks = [train.fingerprint, train.meta["layout"], train.tokenizer_path]
+    marks += [tokens.facts(config, path)["fingerprint"] for path in paths]
+    known = model_folder.known_checks(config.cluster.fileroot)
+    for found in remembered(known, f"texts {' '.join(marks)}", look):
+        yield Finding(**found)
 
 
 def check_models(config: Config) -> None:
@@ -140,16 +151,34 @@ def check_models(config: Config) -> None:
     Raises:
         ConfigError: with every problem.
     """
-    from dpo_kit.model import pair_model
-
     problems = []
     for field, path in _weights(config).items():
         try:
-            pair_model.check(builtin.folder(path))
+            _model(config, path)
         except UserError as error:
             problems.append(f"{field}: {error}")
     if problems:
         raise ConfigError(problems)
+
+
+def _model(config: Config, path: str) -> dict[str, Any]:
+    """`rows` of a model's embedding and its `positions`, None where it does not say.
+
+    Raises:
+        UserError: transformers would not load it cleanly.
+    """
+    folder = str(builtin.folder(path))
+    stamp, known = model_folder.stamp(folder), model_folder.known_checks(config.cluster.fileroot)
+    return remembered(known, f"model {stamp}", functools.partial(_checked, folder, stamp))
+
+
+@functools.lru_cache
+def _checked(folder: str, stamp: str) -> dict[str, Any]:
+    from dpo_kit.model import pair_model
+
+    pair_model.check(Path(folder))
+    made = pair_model.text_config(Path(folder))
+    return {"rows": getattr(made, "vocab_size", None), "positions": pair_model.positions(made)}
 
 
 def check_tokenizers(config: Config) -> None:
@@ -158,22 +187,22 @@ def check_tokenizers(config: Config) -> None:
     Raises:
         ConfigError: their vocabularies differ, or are larger than an embedding.
     """
-    from dpo_kit.model import pair_model
+    own, other = (tokens.facts(config, path) for path in (config.tokenizer_path, config.ref.path))
+    if own["vocabulary"] != other["vocabulary"]:
 
-    def vocabulary(path: str) -> dict[str, int]:
-        return tokens.load_tokenizer(path)[1].get_vocab()
+        def vocabulary(path: str) -> dict[str, int]:
+            return tokens.load_tokenizer(path)[1].get_vocab()
 
-    if problems := tokens.vocabulary_problems(config, vocabulary):
-        raise ConfigError(problems)
-    own = vocabulary(config.tokenizer_path)
-    last = max(own, key=lambda token: own[token])
+        raise ConfigError(tokens.vocabulary_problems(config, vocabulary))
+    token, number = own["last"]
+    problems = []
     for field, path in _weights(config).items():
-        rows = getattr(pair_model.text_config(builtin.folder(path)), "vocab_size", None)
-        if rows is not None and own[last] >= rows:
+        rows = _model(config, path)["rows"]
+        if rows is not None and number >= rows:
             problems.append(
-                f"tokenizer_path = {config.tokenizer_path!r} has token ids up to {own[last]} ({last!r}), and the"
+                f"tokenizer_path = {config.tokenizer_path!r} has token ids up to {number} ({token!r}), and the"
                 f" embedding of {field} = {path!r} has {rows} rows; use the tokenizer that the model was trained with,"
-                f" or a model that was enlarged (resize_token_embeddings({own[last] + 1}))"
+                f" or a model that was enlarged (resize_token_embeddings({number + 1}))"
             )
     if problems:
         raise ConfigError(problems)
@@ -203,11 +232,9 @@ def check_lengths(config: Config, stores: dict[str, PairStore | None]) -> None:
     Raises:
         ConfigError: with the longest text's tokens, the positions, and what to set.
     """
-    from dpo_kit.model import pair_model
-
     problems = []
     for field, path in _weights(config).items():
-        most = pair_model.positions(pair_model.text_config(builtin.folder(path)))
+        most = _model(config, path)["positions"]
         for split, store in stores.items():
             longest = 0 if store is None else int(store.all_lengths()[:, 1:].max())
             if most is not None and longest > most:
@@ -268,6 +295,7 @@ def main(run_dir: Path) -> int:
 
 
 if __name__ == "__main__":
+    processes.imported()
     # os._exit: the supervisor waits for this process, and taking torch down takes most of a second.
     code = main(Path(sys.argv[1]))
     atexit._run_exitfuncs()

@@ -15,6 +15,7 @@ Deliberately not here: rows and their columns (`layouts.py`), the store, batches
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -26,7 +27,8 @@ import numpy as np
 
 from dpo_kit.config import Config
 from dpo_kit.errors import DataError, UserError
-from dpo_kit.model import builtin
+from dpo_kit.model import builtin, model_folder
+from dpo_kit.system.files import remembered
 from dpo_kit.system.text import show_text
 
 if TYPE_CHECKING:
@@ -318,6 +320,37 @@ def _max_token_chars(description: dict[str, Any]) -> int | None:
     return composed * max(map(len, [*model["vocab"], *added]))
 
 
+def facts(config: Config, named: str) -> dict[str, Any]:
+    """What has to be known of a tokenizer where nothing is tokenized; it is loaded only if its folder has changed.
+
+    Returns:
+        `fingerprint`; `vocabulary`, which is equal where two have the same tokens and ids; `last`, the token with
+        the highest id, and that id.
+
+    Raises:
+        DataError: there is none.
+    """
+    stamp = model_folder.stamp(builtin.ensure(named))
+    known = model_folder.known_checks(config.cluster.fileroot) if stamp else None
+    return remembered(known, f"tokenizer {stamp}", functools.partial(_facts, named, stamp))
+
+
+@functools.lru_cache(maxsize=4)
+def _facts(named: str, stamp: str) -> dict[str, Any]:
+    tokenizer = load_tokenizer(named)[1]
+    vocabulary = sorted((number, token) for token, number in tokenizer.get_vocab().items())
+    return {
+        "fingerprint": tokenizer_fingerprint(tokenizer),
+        "vocabulary": hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest(),
+        "last": [vocabulary[-1][1], vocabulary[-1][0]],
+    }
+
+
+@functools.lru_cache(maxsize=4)
+def _loaded(folder: str, stamp: str) -> Any:
+    return builtin.load_tokenizer(folder)
+
+
 def load_tokenizer(named: str) -> tuple[str, Any]:
     """The tokenizer and where it lies.
 
@@ -326,7 +359,7 @@ def load_tokenizer(named: str) -> tuple[str, Any]:
     """
     folder = builtin.ensure(named)
     try:
-        return folder, builtin.load_tokenizer(folder)
+        return folder, _loaded(folder, model_folder.stamp(folder))
     except UserError:
         raise
     except Exception as error:  # transformers and the hub's client raise many kinds

@@ -31,6 +31,8 @@ class Recorder:
         self.done: int | None = None  # steps
         self.step: int | None = None  # the one at hand
         self.tensorboard: Any = None
+        self.untold_events: list[dict[str, Any]] | None = None  # TensorBoard is not open yet
+        self.resumed_at = 0
 
     def resume(self, step: int, *, owes_evaluation: bool = False) -> None:
         """Takes up after `step` (0: the beginning): what an interrupted attempt recorded beyond it is removed."""
@@ -40,7 +42,7 @@ class Recorder:
         for note in metrics.cut_records(self.run_dir, step, owes_evaluation=owes_evaluation):
             self.tell(note)
         if self.config.stats_logger.tensorboard:
-            self.tensorboard = _tensorboard(self.run_dir, step)
+            self.untold_events, self.resumed_at = [], step
 
     def progress(
         self, phase: str, done: int = 0, total: int | None = None, *, step: int | None = None
@@ -84,11 +86,18 @@ class Recorder:
         if not self.world.is_main:
             return
         metrics.append_metrics(self.run_dir, values)
+        if self.untold_events is not None:
+            self.untold_events.append(values)
+            if not values["step"]:
+                return  # TensorBoard takes a while to import: not before the first step
+            self.tensorboard = _tensorboard(self.run_dir, self.resumed_at)
+        events, self.untold_events = self.untold_events or [values], None
         if self.tensorboard:
             try:
-                for name, value in values.items():
-                    if name != "step" and value is not None:
-                        self.tensorboard.add_scalar(name, value, values["step"])
+                for event in events:
+                    for name, value in event.items():
+                        if name != "step" and value is not None:
+                            self.tensorboard.add_scalar(name, value, event["step"])
                 self.tensorboard.flush()
             except Exception as error:  # a full disk, or a writer whose thread has died of something
                 self.tensorboard = None

@@ -72,7 +72,7 @@ class Engine:
 
 def raise_if_stopped(engine: Engine) -> None:
     """Raises `Stopped` on every rank as soon as one was asked to stop; a collective."""
-    if any(engine.world.gather(engine.should_stop())):
+    if engine.world.any(engine.should_stop()):
         raise Stopped
 
 

@@ -28,7 +28,7 @@ from dpo_kit.engine.optimizer import make_optimizer
 from dpo_kit.engine.recorder import Recorder
 from dpo_kit.engine.state import Engine, Stopped
 from dpo_kit.errors import ExitStatus, UserError
-from dpo_kit.model import builtin, export
+from dpo_kit.model import builtin, export, pair_model
 from dpo_kit.model.parallel import DTYPES, World, init_world
 from dpo_kit.preferences import PairStore, open_store
 from dpo_kit.records import budget, findings, metrics
@@ -156,6 +156,9 @@ def main(run_dir: Path) -> int:
 
 
 if __name__ == "__main__":
+    pair_model.preload()
+    processes.imported()
+    processes.wait_to_go()
     # os._exit: a rank that failed must not wait for peers in the process group's destructor.
     code = main(Path(sys.argv[1]))
     sys.stdout.flush()

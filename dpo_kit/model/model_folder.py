@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib.metadata
 import json
 import math
 import os
@@ -26,12 +27,14 @@ from typing import TYPE_CHECKING, Any
 from dpo_kit.errors import UserError
 from dpo_kit.model.costs import Shape
 from dpo_kit.system import hub
-from dpo_kit.system.files import atomic_write, read_json
+from dpo_kit.system.files import remembered
 
 if TYPE_CHECKING:
     import numpy as np
 
 
+CHECKS_VERSION = 1
+"""Raised when a check whose answer is remembered (`known_checks`) answers otherwise."""
 SMOLLM2 = "smollm2-135m-instruct"
 TINY = "tiny-random"
 NAMES = frozenset({SMOLLM2, TINY})
@@ -52,6 +55,7 @@ _EXPONENTS = {
 # A buffer of old files that holds the least number there is, and that no model reads any more.
 _NO_WEIGHT = ".masked_bias"
 _CHUNK = 1 << 20  # values
+_READERS = ("transformers", "tokenizers", "safetensors")
 _LFS = b"version https://git-lfs"
 
 Progress = Callable[[int, int], None]
@@ -324,6 +328,11 @@ def known_hashes(fileroot: Path | str) -> Path:
     return Path(fileroot) / ".cache" / "fingerprints.json"
 
 
+def known_checks(fileroot: Path | str) -> Path:
+    """The file that remembers what was found in folders of a `stamp`, for all runs of a root."""
+    return Path(fileroot) / ".cache" / f"checks-{CHECKS_VERSION}.json"
+
+
 def fingerprint(path: str, cache: Path | None = None, progress: Progress = lambda done, total: None) -> str:
     """sha256 over the config and weight files: two folders with equal content have one fingerprint.
 
@@ -337,7 +346,6 @@ def fingerprint(path: str, cache: Path | None = None, progress: Progress = lambd
         UserError: weights that are not finite numbers; file and tensor are named.
     """
     folder = snapshot(path)
-    known: dict[str, str] = read_json(cache, {}) if cache else {}
     total = hashlib.sha256()
     config = read_config(folder)
     for key in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
@@ -348,13 +356,12 @@ def fingerprint(path: str, cache: Path | None = None, progress: Progress = lambd
     for i, file in enumerate(files):
         # The last word: hashes that earlier versions kept tell nothing of the values.
         key = f"{file.resolve()}:{sizes[i]}:{file.stat().st_mtime_ns}:finite"
-        if key not in known:
-            before, whole = sum(sizes[:i]), sum(sizes)
-            known[key] = _hash(file, lambda done, before=before, whole=whole: progress(before + done, whole))  # type: ignore[misc]
-            if cache:
-                cache.parent.mkdir(parents=True, exist_ok=True)
-                atomic_write(cache, json.dumps(known, indent=1))
-        total.update(known[key].encode())
+        before, whole = sum(sizes[:i]), sum(sizes)
+
+        def told(done: int, before: int = before, whole: int = whole) -> None:
+            progress(before + done, whole)
+
+        total.update(remembered(cache, key, functools.partial(_hash, file, told)).encode())
     return total.hexdigest()
 
 
@@ -386,6 +393,23 @@ def _finite(data: np.ndarray, dtype: str) -> bool:
     kind, exponent = _EXPONENTS[dtype]
     bits = data.view(kind)
     return bool((bits & bits.dtype.type(exponent)).max() != exponent)
+
+
+def stamp(path: str) -> str:
+    """What tells that a local model or tokenizer folder is as it was, and is read by the same packages; "" of a hub id.
+
+    Small files count by content, weights as for `fingerprint` by place, size and time.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        return ""
+    parts: list[Any] = [str(folder.resolve()), *map(importlib.metadata.version, _READERS)]
+    for file in sorted([*folder.glob("*"), *folder.glob("*/*")]):
+        if file.is_file():
+            state = file.stat()
+            parts.append([str(file.relative_to(folder)), state.st_size, state.st_mtime_ns])
+    parts += [hashlib.sha256(content).hexdigest() for content in side_files(folder).values()]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def side_files(folder: Path) -> dict[str, bytes]:

@@ -80,6 +80,11 @@ class PairModel(nn.Module):
         return logps_of_logits(logits.flatten(0, 1)[places[batch.predictors]], batch.targets)
 
 
+def preload() -> None:
+    """Imports what `load` needs of transformers: as long as torch itself, for any model's class."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401
+
+
 def why_unpacked(path: str, longest_tokens: int) -> str:
     """Why a model cannot be run on packed rows, in words; empty where it can.
 
@@ -100,7 +105,7 @@ def load(
     longest_tokens: int,
     compiled: bool = False,
 ) -> PairModel:
-    """Loads a model for scoring or training, sharded over `world`.
+    """Loads a model that `check` accepts, for scoring or training, sharded over `world`.
 
     Args:
         path: local folder, hub id or built-in name.
@@ -110,12 +115,8 @@ def load(
             `selective` keeps what is dear to run again.
         longest_tokens: longest text of the data; a model with a shorter attention window is not packed.
         compiled: compile each block.
-
-    Raises:
-        UserError: see `check`.
     """
     folder = builtin.folder(path)
-    check(folder)
     config = _config(folder)
     # A float64 or frozen model is kept in the dtype it computes in; a trained one in fp32 at least.
     master = dtype if not trainable or dtype == torch.float64 else torch.float32

@@ -65,6 +65,13 @@ class World:
             dist.all_reduce(values, group=self.mesh.get_group("dp"))
         return values
 
+    def any(self, flag: bool) -> bool:
+        """Whether it is so on some rank; reduced on the CPU, so that nobody waits for a device."""
+        found = torch.tensor(float(flag))
+        if self.size > 1:
+            dist.all_reduce(found)
+        return bool(found > 0)
+
     def gather(self, value: Any) -> list[Any]:
         """A plain value of every rank, by rank."""
         values = [value] * self.size

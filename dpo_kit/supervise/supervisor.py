@@ -2,8 +2,9 @@
 
     prepare (models, pairs)  ->  ranks (reference pass, training, export)  ->  samples
 
-Everything heavy is a child process; the supervisor imports neither torch nor datasets. It alone writes
-`status.json`, so that whatever happens to a child, the state of the run is told:
+The ranks are started beside prepare, import what they need, and wait to be let go. Everything heavy is a child
+process; the supervisor imports neither torch nor datasets. It alone writes `status.json`, so that whatever happens to
+a child, the state of the run is told:
 
     asked to stop (stop.json, SIGINT, SIGTERM), owner gone  ->  SIGTERM to the children; SIGKILL after
                                      cluster.grace_s, or at a second signal; `stopped` or `preempted`
@@ -50,7 +51,7 @@ from dpo_kit.redaction import guard_output
 from dpo_kit.supervise import restarts
 from dpo_kit.supervise.children import Session, ask, look, merge, wait_for
 from dpo_kit.system import files, folders
-from dpo_kit.system.processes import end_children, identify, popen, rank_environment
+from dpo_kit.system.processes import end_children, identify, let_go, popen, rank_environment
 
 if TYPE_CHECKING:
     from dpo_kit.view.progress import Lines
@@ -152,13 +153,17 @@ def _prepare_and_train(
     session: Session, prepare_module: str, worker_module: str
 ) -> tuple[str, str, bool] | None:
     """How the run ended, as `_run` gives it; None when the model is trained and written."""
-    code = _run_child(session, prepare_module, "prepare")
-    if session.stop:
-        return session.stop, "before training; nothing was lost", False
-    if code != ExitStatus.DONE:
-        failure = restarts.child_failure(session.run_dir, "prepare", code)
-        return "failed", failure.message, failure.mistake
-    codes, failed = _train(session, worker_module)
+    with _waiting_ranks(session, worker_module) as ranks:
+        code = _run_child(session, prepare_module, "prepare")
+        if session.stop:
+            return session.stop, "before training; nothing was lost", False
+        if code != ExitStatus.DONE:
+            failure = restarts.child_failure(session.run_dir, "prepare", code)
+            return "failed", failure.message, failure.mistake
+        codes, failed = _run_ranks(session, ranks)
+    while failed and not session.stop and not (failed := _given_up(session, failed)):
+        with _waiting_ranks(session, worker_module) as ranks:
+            codes, failed = _run_ranks(session, ranks)
     if failed:
         return "failed", failed.message, failed.mistake
     if codes[0] != ExitStatus.DONE:
@@ -219,15 +224,17 @@ def _run_child(session: Session, module: str, name: str) -> int | None:
     return wait_for(session, [child], min(_CHILD_GRACE_S, session.config.cluster.grace_s))[0]
 
 
-def _run_ranks(session: Session, module: str) -> list[int | None]:
-    """Starts the ranks and waits for all of them; see `children.wait_for` for what comes back."""
-    write_progress(session.run_dir, phase="start ranks")
-    session.started_ranks, session.moved_at = True, time.monotonic()
+@contextlib.contextmanager
+def _waiting_ranks(session: Session, module: str) -> Iterator[list[subprocess.Popen]]:
+    """The ranks, importing what they need until `_run_ranks`; those that are not let go leave no trace."""
+    attempt = read_status(session.run_dir).get("attempt", 1)
+    logs = [session.run_dir / "logs" / f"rank-{rank}.log" for rank in range(session.num_ranks)]
+    sizes = [log.stat().st_size if log.exists() else 0 for log in logs]
+    ranks: list[subprocess.Popen] = []
     # A fresh file for every start: ranks would join the group that a used one describes.
     with tempfile.TemporaryDirectory(prefix="dpo-kit-init-") as folder:
-        ranks: list[subprocess.Popen] = []
         try:
-            for rank in range(session.num_ranks):
+            for rank, path in enumerate(logs):
                 environment = {
                     **rank_environment(session.num_ranks, rank),
                     "DPO_KIT_INIT_FILE": str(Path(folder) / "store"),
@@ -235,43 +242,48 @@ def _run_ranks(session: Session, module: str) -> list[int | None]:
                 }
                 if session.device == "cuda":
                     environment.pop("OMP_NUM_THREADS")
-                with open(session.run_dir / "logs" / f"rank-{rank}.log", "ab") as log:
-                    attempt = read_status(session.run_dir).get("attempt", 1)
+                with open(path, "ab") as log:
                     if attempt > 1:
                         log.write(f"--- attempt {attempt}\n".encode())
                         log.flush()
-                    ranks.append(popen([module, str(session.run_dir)], environment, log))
-            update_status(session.run_dir, ranks=[process.pid for process in ranks])
-            return wait_for(session, ranks, session.config.cluster.grace_s)
+                    ranks.append(popen([module, str(session.run_dir)], environment, log, waits=True))
+            yield ranks
         finally:
             end_children(ranks)
+            for process, path, size in zip(ranks, logs, sizes, strict=False):
+                if process.stdin and not process.stdin.closed:
+                    process.stdin.close()
+                    os.truncate(path, size)
+                    if not size:
+                        path.unlink()
 
 
-# ---------------------------------------------------------------- starting the ranks again
+def _run_ranks(
+    session: Session, ranks: list[subprocess.Popen]
+) -> tuple[list[int | None], restarts.Failure | None]:
+    """Lets the ranks go and waits for all of them: their exit statuses (see `children.wait_for`) and the failure."""
+    write_progress(session.run_dir, phase="start ranks")
+    session.started_ranks, session.moved_at = True, time.monotonic()
+    update_status(session.run_dir, ranks=[process.pid for process in ranks])
+    for process in ranks:
+        let_go(process)
+    codes = wait_for(session, ranks, session.config.cluster.grace_s)
+    hung, session.hung = session.hung, None
+    if codes[0] == ExitStatus.DONE:  # the model is written: how the others take their leave is no matter
+        return codes, None
+    if hung:
+        return codes, restarts.Failure(hung[1], rank=hung[0], cause="hung")
+    return codes, restarts.rank_failure(session.run_dir, codes, stopping=session.stop is not None)
 
 
-def _train(session: Session, module: str) -> tuple[list[int | None], restarts.Failure | None]:
-    """Runs the ranks, again after failures that allow it; the last exit statuses and failure."""
-    while True:
-        codes = _run_ranks(session, module)
-        if session.hung:
-            (rank, told), session.hung = session.hung, None
-            failed: restarts.Failure | None = restarts.Failure(told, rank=rank, cause="hung")
-        else:
-            failed = restarts.rank_failure(session.run_dir, codes, stopping=session.stop is not None)
-        if codes[0] == ExitStatus.DONE:  # the model is written: how the others take their leave is no matter
-            return codes, None
-        if failed is None or session.stop:
-            return codes, failed
-        try:
-            if failed.out_of_memory is not None:
-                given_up = restarts.halve(session, failed, failed.out_of_memory)
-            else:
-                given_up = restarts.retry(session, failed)
-        except OSError:  # a full disk: what made the ranks fail is the better word
-            given_up = failed
-        if given_up:
-            return codes, given_up
+def _given_up(session: Session, failed: restarts.Failure) -> restarts.Failure | None:
+    """How the run failed; None where the ranks may start again, and all is ready for that."""
+    try:
+        if failed.out_of_memory is not None:
+            return restarts.halve(session, failed, failed.out_of_memory)
+        return restarts.retry(session, failed)
+    except OSError:  # a full disk: what made the ranks fail is the better word
+        return failed
 
 
 # ---------------------------------------------------------------- samples

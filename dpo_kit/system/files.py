@@ -5,6 +5,7 @@ Deliberately not here: what a file means (records), large stores (preferences), 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -12,6 +13,7 @@ import math
 import os
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +98,23 @@ def sha256(path: Path) -> str:
     """The sha256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def remembered(cache: Path | None, key: str, make: Callable[[], Any]) -> Any:
+    """A JSON value that is made once: a file remembers it, where there is a folder for it that can be written.
+
+    Args:
+        cache: a JSON object, for all processes.
+        key: everything that the value depends on.
+        make: makes the value; what it raises is not remembered.
+    """
+    known = read_json(cache, {}) if cache else {}
+    if key not in known:
+        known[key] = make()
+        if cache:
+            with contextlib.suppress(OSError):
+                atomic_write(cache, json.dumps(known, indent=1))
+    return known[key]
 
 
 _TAIL_BYTES = 8192

@@ -9,8 +9,10 @@ Deliberately not here: starting ranks (supervise, launch/ranks), records on disk
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import faulthandler
+import gc
 import os
 import signal
 import socket
@@ -183,16 +185,44 @@ def _runs(process: psutil.Process) -> bool:
         return False
 
 
-def popen(arguments: list[str], environment: dict[str, str], log: Any) -> subprocess.Popen:
-    """A child in a session of its own (Ctrl-C in a terminal reaches the supervisor only) that ends with us."""
+def popen(
+    arguments: list[str], environment: dict[str, str], log: Any, *, waits: bool = False
+) -> subprocess.Popen:
+    """A child in a session of its own (Ctrl-C in a terminal reaches the supervisor only) that ends with us.
+
+    Args:
+        arguments: the module it runs, and what follows.
+        environment: all of its variables but those that every child gets.
+        log: an open file for what it says.
+        waits: it stands in `wait_to_go` until `let_go`.
+    """
     return subprocess.Popen(
         [sys.executable, "-m", "dpo_kit.system.child", *arguments],
         env={**environment, **child_variables()},
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE if waits else subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
+
+
+def imported() -> None:
+    """Sets the garbage collector going, which `system/child` stopped; what is there by now it need not look at."""
+    gc.freeze()
+    gc.enable()
+
+
+def wait_to_go() -> None:
+    """Waits until the parent lets this process go; ends it without a word when the parent is gone."""
+    if not os.read(0, 1):
+        os._exit(0)
+
+
+def let_go(child: subprocess.Popen) -> None:
+    """Lets a child go that waits; one that has ended meanwhile is found by its exit status."""
+    assert child.stdin is not None
+    with contextlib.suppress(BrokenPipeError), child.stdin:
+        child.stdin.write(b"\n")
 
 
 def child_variables() -> dict[str, str]:

@@ -9,6 +9,7 @@ Not here: judging answers (`ranking`, `analysis`), showing them (`notebook`).
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ from dpo_kit.dataset import tokens
 from dpo_kit.dataset.layouts import ASSISTANT_MARK, CONVERSATION, RAW
 from dpo_kit.errors import ExitStatus, UserError
 from dpo_kit.model import builtin
-from dpo_kit.model.pair_model import quiet
+from dpo_kit.model.pair_model import preload, quiet
 from dpo_kit.model.parallel import DTYPES
 from dpo_kit.preferences import PairStore, open_store
 from dpo_kit.records import checkpoints, manifest, status
@@ -251,5 +252,10 @@ def main(run_dir: Path) -> int:
 
 
 if __name__ == "__main__":
-    processes.die_with_parent()
-    sys.exit(main(Path(sys.argv[1])))
+    preload()
+    processes.imported()
+    # os._exit: the supervisor waits for this process, and taking torch down takes most of a second.
+    code = main(Path(sys.argv[1]))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 
@@ -10,9 +11,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from dpo_kit import config as config_module
-from dpo_kit.dataset import prepare
+from dpo_kit.dataset import builder, prepare, tokens
 from dpo_kit.errors import ConfigError
-from dpo_kit.model import builtin, model_folder
+from dpo_kit.model import builtin, model_folder, pair_model
 from dpo_kit.preferences import open_store
 from dpo_kit.records import findings, resuming, run_folder, status
 from dpo_kit.records.facts import Point
@@ -109,6 +110,103 @@ def test_an_error_of_our_own_is_left_with_its_traceback(make_run, monkeypatch, c
     assert prepare.main(run_dir) == 1
     assert status.read_rank_errors(run_dir)[0]["error"] == "ZeroDivisionError: division by zero"
     assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.fixture
+def work(monkeypatch):
+    """What prepare does beyond comparing: names of models that are checked, tokenizers loaded, stores built."""
+    prepare._checked.cache_clear()
+    tokens._facts.cache_clear()
+    tokens._loaded.cache_clear()
+    done = []
+    for module, name in ((pair_model, "check"), (builtin, "load_tokenizer"), (builder, "collect")):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, n=name, f=real: done.append(n) or f(*a))
+    return done
+
+
+def other_weights(folder, _):
+    held = load_file(folder / "model.safetensors")
+    held["lm_head.weight"][7, 7] += 1
+    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def other_json(name, **fields):
+    def change(folder, _):
+        made = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(made | fields))
+
+    return change
+
+
+def other_tokenizer(folder, _):
+    file = folder / "tokenizer.json"
+    state = file.stat()
+    text = file.read_text()
+    for old, new in (('"!"', '"?!"'), ('"#"', '"!"'), ('"?!"', '"#"')):
+        text = text.replace(old, new)
+    file.write_text(text)
+    assert file.stat().st_size == state.st_size
+    os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))  # small files count by content
+
+
+def other_data(_, data):
+    data.write_text(data.read_text().replace("yes", "yea"))
+
+
+CHANGES = [
+    ("weights", other_weights, (), {"check"}),
+    ("config", other_json("config.json", rms_norm_eps=1e-4), (), {"check"}),
+    ("tokenizer", other_tokenizer, (), {"load_tokenizer", "collect"}),
+    (
+        "template",
+        lambda f, _: (f / "chat_template.jinja").write_text("other"),
+        (),
+        {"load_tokenizer", "collect"},
+    ),
+    ("data", other_data, (), {"collect"}),
+    ("length", lambda *_: None, ("train_dataset.max_length=300",), {"collect"}),
+    ("tokenizer_path", lambda *_: None, ("tokenizer_path=tiny-random",), {"load_tokenizer"}),
+    ("ref.path", lambda *_: None, ("ref.path=tiny-random",), {"check"}),
+]
+
+
+@pytest.mark.parametrize(
+    ("change", "overrides", "expected"), [c[1:] for c in CHANGES], ids=[c[0] for c in CHANGES]
+)
+def test_what_was_checked_is_checked_again_only_when_it_changed(
+    make_run, tmp_path, work, capsys, change, overrides, expected
+):
+    folder = shutil.copytree(builtin.ensure("tiny-random"), tmp_path / "model")
+    settings = ("valid_dataset.from_train=0.2", f"actor.path={folder}", f"ref.path={folder}")
+    run_dir = make_run(*settings)
+    assert prepare.main(run_dir) == 0
+    assert set(work) == {"check", "load_tokenizer", "collect"}
+    assert work.count("check") == work.count("load_tokenizer") == 1
+    first, told = (
+        [(run_dir / name).read_text() for name in ("data.json", "findings.json")],
+        capsys.readouterr().out,
+    )
+    work.clear()
+    assert prepare.main(run_dir) == 0
+    assert work == []
+    assert [(run_dir / name).read_text() for name in ("data.json", "findings.json")] == first
+    assert capsys.readouterr().out == told
+    change(folder, tmp_path / "data.jsonl")
+    text = config_module.to_yaml(config_module.load(run_dir / "config.yaml", overrides))
+    (run_dir / "config.yaml").write_text(text)
+    assert prepare.main(run_dir) == 0
+    assert expected <= set(work)
+
+
+def test_a_refusal_is_not_remembered_as_an_answer(make_run, tmp_path, work):
+    folder = shutil.copytree(builtin.ensure("tiny-random"), tmp_path / "model")
+    run_dir = make_run(f"actor.path={folder}")
+    assert prepare.main(run_dir) == 0
+    other_json("config.json", num_hidden_layers=3)(folder, None)
+    for _ in range(2):
+        assert prepare.main(run_dir) == 2
+        assert "weights are missing" in status.read_rank_errors(run_dir)[0]["message"]
 
 
 def test_a_reference_with_another_vocabulary_is_refused(make_run, tmp_path):

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 
+import psutil
 import pytest
 
 from dpo_kit.errors import UserError
@@ -162,7 +163,7 @@ def test_a_failing_rank_is_told_in_one_line_and_ends_the_others(make_run):
 def test_the_first_failure_is_the_cause(make_run):
     run_dir = make_run(
         {
-            "0": [["sleep", 0.45], ["raise", "RuntimeError", "connection closed by peer"]],
+            "0": [["sleep", 0.55], ["raise", "RuntimeError", "connection closed by peer"]],
             "1": [["sleep", 0.4], ["raise", "ValueError", "boom"]],
         }
     )
@@ -255,6 +256,41 @@ def test_a_stop_while_pairs_are_built_needs_no_grace(make_run):
     assert time.monotonic() - began < 5
     assert read_status(run_dir)["state"] == "stopped"
     assert "worker-0" not in started(run_dir)
+
+
+def waiting(run_dir):
+    """Processes of ranks, those that wait to be let go included."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if "tests.fake_worker" in words and str(run_dir) in words:
+            found.append(process.pid)
+    return found
+
+
+@pytest.mark.parametrize("how", ["fails", "stops", "is killed"])
+def test_ranks_that_wait_while_pairs_are_built_leave_no_trace(make_run, background, how):
+    said = [["raise", "DataError", "train.jsonl: empty"]] if how == "fails" else [["sleep", 600]]
+    run_dir = make_run(
+        [["print", "went"]], prepare=[["progress", {"phase": "build pairs"}], ["sleep", 1], *said]
+    )
+    (run_dir / "logs" / "rank-0.log").write_text("of an earlier attempt\n")
+    process = background(run_dir)
+    until(lambda: len(waiting(run_dir)) == 2)
+    assert read_status(run_dir).get("ranks") in (None, [])
+    until(lambda: read_status(run_dir).get("phase") == "build pairs")
+    if how == "is killed":
+        process.kill()
+    elif how == "stops":
+        request_stop(run_dir, "stopped")
+    until(lambda: not waiting(run_dir) and not living(run_dir))
+    process.wait(20)
+    assert not [name for name in started(run_dir) if name.startswith("worker")]
+    if how != "is killed":
+        assert (run_dir / "logs" / "rank-0.log").read_text() == "of an earlier attempt\n"
+        assert not (run_dir / "logs" / "rank-1.log").exists()
+        assert [error["rank"] for error in read_rank_errors(run_dir)] == ["prepare"] * (how == "fails")
+        assert read_status(run_dir)["state"] == ("failed" if how == "fails" else "stopped")
 
 
 def test_a_rank_that_ignores_sigterm_is_killed_after_the_grace(make_run):
