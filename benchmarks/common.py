@@ -33,7 +33,7 @@ import inputs
 import psutil
 
 from dpo_kit import config as config_module
-from dpo_kit.model import builtin
+from dpo_kit.model import model_folder
 from dpo_kit.preferences import PairStore
 from dpo_kit.system import processes
 
@@ -44,7 +44,7 @@ DATASHEET = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 # --- options and children -------------------------------------------------------------------------------------
 
 
-def parser(doc: str | None, *, model: str = builtin.SMOLLM2, pairs: int = 40) -> argparse.ArgumentParser:
+def parser(doc: str | None, *, model: str = model_folder.SMOLLM2, pairs: int = 40) -> argparse.ArgumentParser:
     """The options that every script has."""
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument(

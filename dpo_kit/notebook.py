@@ -33,7 +33,7 @@ from dpo_kit.errors import ConfigError
 from dpo_kit.model import builtin
 from dpo_kit.preferences import PairStore
 from dpo_kit.runs import Run
-from dpo_kit.supervise import headless
+from dpo_kit.supervise import owner
 from dpo_kit.view import html, tables
 from dpo_kit.view.html import Html
 from dpo_kit.view.tables import accuracy_table, reading, samples_table, steps_table, where
@@ -273,7 +273,7 @@ def wait(run: Run) -> None:
         RunError: the run did not end `done`; then every line stays.
     """
     run.wait()
-    if headless.in_notebook() and headless.is_headless():
+    if owner.in_notebook() and owner.is_headless():
         html.replace_output(tables.phases_table(run))
 
 

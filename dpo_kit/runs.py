@@ -24,11 +24,11 @@ from dpo_kit import config as config_module
 from dpo_kit.config import Config
 from dpo_kit.errors import RunError, UserError
 from dpo_kit.records import lock, manifest, resuming, run_folder
-from dpo_kit.records.checkpoints import steps
+from dpo_kit.records.checkpoint_folders import steps
 from dpo_kit.records.facts import read_facts
 from dpo_kit.records.metrics import read_metrics
 from dpo_kit.records.status import ENDED, effective, read_status, request_stop, steps_text
-from dpo_kit.supervise import headless, start
+from dpo_kit.supervise import owner, start
 from dpo_kit.system.machine import size_of, size_text
 from dpo_kit.view import progress
 from dpo_kit.view.html import table
@@ -139,7 +139,7 @@ class Run:
         In a notebook this returns at once (a thread keeps bar and chart up to date, and other cells and
         buttons stay usable); headless it prints lines and returns at the end of the run.
         """
-        if headless.in_notebook() and not headless.is_headless():
+        if owner.in_notebook() and not owner.is_headless():
             view = _view(self)
             view.open()
             threading.Thread(target=self._follow, args=(None, True, view), name="watch", daemon=True).start()
@@ -295,7 +295,7 @@ class _LinesView:
 
 
 def _view(run: Run) -> Any:
-    if headless.in_notebook() and not headless.is_headless():
+    if owner.in_notebook() and not owner.is_headless():
         from dpo_kit.view import live
 
         return live.View(run)

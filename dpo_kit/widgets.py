@@ -17,7 +17,7 @@ from dpo_kit import plots, sweep
 from dpo_kit.config import Config, read_list
 from dpo_kit.errors import UserError
 from dpo_kit.loss_types import LOSS_TYPES
-from dpo_kit.supervise import headless
+from dpo_kit.supervise import owner
 from dpo_kit.view import html
 
 BETAS = (0.05, 0.1, 0.2, 0.5)
@@ -83,10 +83,10 @@ class SweepPanel:
         Raises:
             RunError: headless, when a run did not end `done`.
         """
-        if headless.is_headless():
+        if owner.is_headless():
             self.sweep = sweep.Sweep(self.trials())
             self.sweep.run()
-            if headless.in_notebook():  # the lines of progress were for the log
+            if owner.in_notebook():  # the lines of progress were for the log
                 html.replace_output(sweep.phases(self.sweep.trials))
         else:
             from IPython.display import display as show

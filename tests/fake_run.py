@@ -16,7 +16,7 @@ from pathlib import Path
 
 from dpo_kit import config as config_module
 from dpo_kit.errors import DataError, ExitStatus
-from dpo_kit.records import budget, checkpoints, metrics, status
+from dpo_kit.records import budget, checkpoint_folders, metrics, status
 from dpo_kit.system import folders, processes
 
 
@@ -48,8 +48,8 @@ def act(run_dir, part, action, rank):
         facts = {"step": arguments[0], "identity": {"config": config}}
         with folders.staged(folder, "replace") as part:
             (part / "data").write_text("weights")
-            (part / checkpoints.STATE).write_text(json.dumps(facts))
-            folders.seal(part, folders.hashes(part, ["data", checkpoints.STATE]))
+            (part / checkpoint_folders.STATE).write_text(json.dumps(facts))
+            folders.seal(part, folders.hashes(part, ["data", checkpoint_folders.STATE]))
     elif name == "attempts":  # one list of actions for each attempt; the last one for those that follow
         number = status.read_status(run_dir)["attempt"]
         for inner in arguments[min(number, len(arguments)) - 1]:

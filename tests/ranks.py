@@ -24,7 +24,7 @@ from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any
 
-from dpo_kit.launch import one_rank, ranks
+from dpo_kit.launch import on_ranks, one_rank
 from dpo_kit.records.status import one_line
 from dpo_kit.system import processes
 
@@ -44,7 +44,7 @@ class Ranks:
 
     def run(self, fn: Any, *args: Any, timeout_s: float = 300.0) -> list[Any]:
         """Calls `fn(*args)` on every rank; the results in rank order."""
-        name = ranks.importable_name(fn)
+        name = on_ranks.importable_name(fn)
         if not self.processes:
             self._start()
         self.calls += 1

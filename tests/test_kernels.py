@@ -14,7 +14,7 @@ import yaml
 from nbclient import NotebookClient
 
 from dpo_kit import runs
-from dpo_kit.records import checkpoints, metrics
+from dpo_kit.records import checkpoint_folders, metrics
 from tests.fakes import LONG
 from tests.supervise.test_supervisor import until
 from tests.test_ranks import wait_for_pids, wait_gone
@@ -194,7 +194,7 @@ def test_the_same_papermill_command_goes_on_and_then_skips(tmp_path):
             return subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT, start_new_session=True)
 
     process = begin()
-    until(lambda: len(checkpoints.steps(run_dir / "checkpoints")) >= 2, 120)
+    until(lambda: len(checkpoint_folders.steps(run_dir / "checkpoints")) >= 2, 120)
     process.terminate()
     process.wait(timeout=90)
     run = runs.Run(run_dir)

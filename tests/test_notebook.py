@@ -213,8 +213,8 @@ def test_waiting_leaves_one_line_a_phase_where_nobody_watches(monkeypatch):
     run = types.SimpleNamespace(name="a/b", status=status, wait=lambda: waited.append(1))
     monkeypatch.setattr(notebook.html, "replace_output", shown.append)
     for in_notebook, headless in ((True, False), (False, True), (True, True)):
-        monkeypatch.setattr(notebook.headless, "in_notebook", lambda answer=in_notebook: answer)
-        monkeypatch.setattr(notebook.headless, "is_headless", lambda answer=headless: answer)
+        monkeypatch.setattr(notebook.owner, "in_notebook", lambda answer=in_notebook: answer)
+        monkeypatch.setattr(notebook.owner, "is_headless", lambda answer=headless: answer)
         notebook.wait(run)
     assert len(waited) == 3
     assert [s.text.split("\n")[-1] for s in shown] == ["training  2.0 s"]

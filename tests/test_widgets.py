@@ -93,7 +93,7 @@ def test_stop_ends_it_and_start_can_be_pressed_again(panel, started, monkeypatch
 
 
 def test_headless_show_makes_the_runs(panel, started, monkeypatch, capsys):  # noqa: F811
-    monkeypatch.setattr(widgets.headless, "is_headless", lambda: True)
+    monkeypatch.setattr(widgets.owner, "is_headless", lambda: True)
     assert panel.show() is None
     assert len(started) == 2
     assert "run 2 of 2" in capsys.readouterr().out
@@ -103,8 +103,8 @@ def test_headless_show_makes_the_runs(panel, started, monkeypatch, capsys):  # n
 
 def test_headless_in_a_notebook_the_lines_of_progress_give_way_to_a_table(panel, started, monkeypatch):  # noqa: F811
     shown = []
-    monkeypatch.setattr(widgets.headless, "is_headless", lambda: True)
-    monkeypatch.setattr(widgets.headless, "in_notebook", lambda: True)
+    monkeypatch.setattr(widgets.owner, "is_headless", lambda: True)
+    monkeypatch.setattr(widgets.owner, "in_notebook", lambda: True)
     monkeypatch.setattr(widgets.html, "replace_output", shown.append)
     panel.show()
     assert "beta 0.3" in shown[0].text

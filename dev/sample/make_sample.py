@@ -140,10 +140,10 @@ def sample_answers(path: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from dpo_kit.model import builtin
+    from dpo_kit.model import builtin, model_folder
 
     torch.set_num_threads(2)
-    folder = builtin.ensure(builtin.SMOLLM2)
+    folder = builtin.ensure(model_folder.SMOLLM2)
     tokenizer = builtin.load_tokenizer(folder)
     tokenizer.padding_side = "left"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
@@ -345,9 +345,9 @@ def prefix(turns: list[str]) -> str:
 
 def make_pairs(path: Path) -> None:
     """Rank the answers in `path` and write train.jsonl.gz and valid.jsonl.gz."""
-    from dpo_kit.model import builtin
+    from dpo_kit.model import builtin, model_folder
 
-    tokenizer = builtin.load_tokenizer(builtin.SMOLLM2)
+    tokenizer = builtin.load_tokenizer(model_folder.SMOLLM2)
     conversations = read_conversations()
     texts: dict[int, list[str]] = {at: [] for at in range(len(conversations))}
     for line in path.read_text().splitlines():

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from dev.sample.make_sample import SHIPPED, features, first_word
-from dpo_kit.model import builtin
+from dpo_kit.model import builtin, model_folder
 from dpo_kit.view import ranking
 
 
@@ -86,7 +86,7 @@ def bag_of_words_accuracy(train: list[tuple[str, str, str]], valid: list[tuple[s
 
 def report() -> None:
     """Print the figures that README.md gives."""
-    tokenizer = builtin.load_tokenizer(builtin.SMOLLM2)
+    tokenizer = builtin.load_tokenizer(model_folder.SMOLLM2)
     parts = {name: read_pairs(name) for name in ("train", "valid")}
     for name, pairs in parts.items():
         heads = {head for head, _, _ in pairs}

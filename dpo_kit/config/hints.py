@@ -1,6 +1,6 @@
 """What somebody may have meant: the nearest key, the choice that another trainer calls otherwise.
 
-Deliberately not here: what is wrong (`values`, `tree`, `load`), and the names themselves (`elsewhere`).
+Deliberately not here: what is wrong (`values`, `tree`, `load`), and the names themselves (`foreign_names`).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
-from dpo_kit.config import elsewhere, schema
+from dpo_kit.config import foreign_names, schema
 
 
 def nearest(word: str, candidates: Iterable[str]) -> str | None:
@@ -25,7 +25,7 @@ def _known(name: str, names: dict[str, str]) -> str | None:
 
 def known_key(name: str) -> str | None:
     """The dotted key of what other trainers call by another name."""
-    return _known(name, elsewhere.KEYS)
+    return _known(name, foreign_names.KEYS)
 
 
 def choice(value: str, rule: dict[str, Any]) -> str:
@@ -46,7 +46,7 @@ def unknown_key(name: str, siblings: Iterable[str]) -> str:
         siblings: the keys that its section knows.
     """
     section, _, leaf = name.rpartition(".")
-    if remark := _known(leaf, elsewhere.REMARKS):
+    if remark := _known(leaf, foreign_names.REMARKS):
         return f"{name} is not a known key; {remark}"
     siblings = list(siblings)
     near = nearest(leaf, siblings)

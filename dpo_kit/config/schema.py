@@ -15,7 +15,7 @@ from typing import Any, get_args, get_type_hints
 
 from omegaconf import MISSING
 
-from dpo_kit.config import elsewhere
+from dpo_kit.config import foreign_names
 from dpo_kit.loss_types import LOSS_TYPES
 
 DTYPES = ("bfloat16", "float32", "float64")
@@ -61,7 +61,7 @@ class OptimizerConfig:
         "adam",
         choices=("adam",),
         alias={"adamw": "adam"},
-        elsewhere=elsewhere.OPTIMIZERS,
+        elsewhere=foreign_names.OPTIMIZERS,
         why="adam is AdamW, as in the seed",
     )
     lr: float = rule(5e-6, ge=0)
@@ -70,13 +70,13 @@ class OptimizerConfig:
     beta2: float = rule(0.999, ge=0, lt=1)
     eps: float = rule(1e-8, gt=0)
     lr_scheduler_type: str = rule(
-        "cosine", choices=("cosine", "linear", "constant"), elsewhere=elsewhere.SCHEDULES
+        "cosine", choices=("cosine", "linear", "constant"), elsewhere=foreign_names.SCHEDULES
     )
     warmup_steps_proportion: float = rule(0.1, ge=0, le=1)
     min_lr_ratio: float = rule(0.1, ge=0, le=1)
     gradient_clipping: float = rule(10.0, gt=0)
     # Ours: bfloat16 halves Adam's memory.
-    state_dtype: str = rule("float32", choices=("float32", "bfloat16"), elsewhere=elsewhere.DTYPES)
+    state_dtype: str = rule("float32", choices=("float32", "bfloat16"), elsewhere=foreign_names.DTYPES)
 
 
 @dataclass
@@ -84,9 +84,9 @@ class ActorConfig:
     backend: str = "fsdp"
     path: str = rule(MISSING, missing="give a folder, a hub id, smollm2-135m-instruct or tiny-random")
     beta: float = rule(0.1, gt=0, why="typically 0.05 to 0.5")
-    loss_type: str = rule("sigmoid", choices=LOSS_TYPES, elsewhere=elsewhere.LOSS_TYPES)
+    loss_type: str = rule("sigmoid", choices=LOSS_TYPES, elsewhere=foreign_names.LOSS_TYPES)
     label_smoothing: float = rule(0.0, ge=0, lt=0.5)
-    dtype: str = rule("bfloat16", choices=DTYPES, elsewhere=elsewhere.DTYPES)
+    dtype: str = rule("bfloat16", choices=DTYPES, elsewhere=foreign_names.DTYPES)
     disable_dropout: bool = True
     gradient_checkpointing: bool | str = rule(True, words=("selective",))  # selective: keeps what is dear
     compile: bool = False  # ours: compile each block
@@ -106,7 +106,7 @@ class SchedulingStrategy:
 class RefConfig:
     backend: str = "${actor.backend}"
     path: str = "${actor.path}"
-    dtype: str = rule("${actor.dtype}", choices=DTYPES, elsewhere=elsewhere.DTYPES)
+    dtype: str = rule("${actor.dtype}", choices=DTYPES, elsewhere=foreign_names.DTYPES)
     optimizer: Any = None  # checked in `checks`: the reference is frozen
     scheduling_strategy: SchedulingStrategy = field(default_factory=SchedulingStrategy)
     logps: str = rule("cached", choices=("cached", "online"))  # ours

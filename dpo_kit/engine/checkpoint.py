@@ -13,7 +13,7 @@ loaded by another number of ranks: each takes its rows of every tensor; the gene
 dropout and bfloat16 optimizer states can notice. `.metadata` is a pickle: it is read from the run's own folder
 only, and only after its hash was found in `COMMIT.json`.
 
-Not here: when a checkpoint is due (`recorder`), how the folders are named (records/checkpoints).
+Not here: when a checkpoint is due (`recorder`), how the folders are named (records/checkpoint_folders).
 """
 
 from __future__ import annotations
@@ -37,8 +37,7 @@ from dpo_kit.engine.recorder import Recorder
 from dpo_kit.engine.state import Engine
 from dpo_kit.errors import UserError
 from dpo_kit.model.parallel import World, masters, publish
-from dpo_kit.records import checkpoints as records_checkpoints
-from dpo_kit.records import manifest, metrics, resuming
+from dpo_kit.records import checkpoint_folders, manifest, metrics, resuming
 from dpo_kit.records.facts import read_facts
 from dpo_kit.system import folders, machine
 from dpo_kit.system.files import read_json, to_json
@@ -68,7 +67,7 @@ def save(
         save_file(_generators(world.device), part / f"rank-{world.rank}.safetensors")
         if world.is_main:
             text = to_json({**facts, "num_ranks": world.size}, indent=1)
-            (part / records_checkpoints.STATE).write_text(text, "utf-8")
+            (part / checkpoint_folders.STATE).write_text(text, "utf-8")
 
     def read() -> dict[str, dict[str, Any]]:  # for the hashes, shared: every rank its part of the files
         return folders.hashes(part, folders.file_names(part)[world.rank :: world.size])
@@ -97,7 +96,7 @@ def load(folder: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, worl
     Returns:
         The `facts` of `save`, with `num_ranks`.
     """
-    facts = read_json(folder / records_checkpoints.STATE)
+    facts = read_json(folder / checkpoint_folders.STATE)
     reader = FileSystemReader(str(folder))
     known = reader.read_metadata().state_dict_metadata
     dcp.load(_tensors(policy, optimizer, make=known), storage_reader=reader)
@@ -188,7 +187,7 @@ def _together(world: World, act: Callable[[], Any]) -> list[Any]:
 
 def _why_not_saved(folder: Path, cause: str, policy: nn.Module, optimizer: torch.optim.Optimizer) -> str:
     needed, free = needed_bytes(policy, optimizer), machine.free_disk(folder.parent)
-    left = records_checkpoints.steps(folder.parent)
+    left = checkpoint_folders.steps(folder.parent)
     before = f"step-{left[-1]} stands" if left else "there is no earlier one"
     sizes = f"{machine.size_text(needed)} is needed, {machine.size_text(free)} are free in {folder.parent}"
     prune = f"dpo-kit runs prune --fileroot {shlex.quote(str(folder.parents[3]))}"
@@ -219,7 +218,7 @@ class Keeper:
             UserError: it is of other data, weights or settings, or past the last step; or no one is whole.
         """
         engine = self.engine
-        if records_checkpoints.steps(self.folder):
+        if checkpoint_folders.steps(self.folder):
             self.recorder.progress("checkpoint")
         found = read_facts(self.run_dir, engine.config, lambda folder: damage(folder, engine.world))
         # To begin at the first step is right for a run that had no checkpoint, and for no other.
@@ -262,7 +261,7 @@ class Keeper:
         self.saved = step
         keep = engine.config.recover.keep
         if keep != "all" and engine.world.is_main:
-            records_checkpoints.retain(self.folder, int(keep), step)
+            checkpoint_folders.retain(self.folder, int(keep), step)
 
     def _identity(self) -> dict[str, Any]:
         engine = self.engine

@@ -23,12 +23,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from dpo_kit.engine import schedule, step
-from dpo_kit.engine.state import (
-    FIRST_STEP_NATS,
-    FIRST_STEP_NATS_PER_TOKEN_BF16,
-    Engine,
-    longest_tokens,
-)
+from dpo_kit.engine.state import FIRST_STEP_NATS, FIRST_STEP_NATS_PER_TOKEN_BF16, Engine, longest_tokens
 from dpo_kit.model import builtin, model_folder, pair_model
 from dpo_kit.preferences import PairStore
 from dpo_kit.records.findings import Finding

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from dpo_kit import config as config_module
 from dpo_kit.config import Config
-from dpo_kit.engine import loop, micro_batch, reference, state
+from dpo_kit.engine import loop, reference, state, token_budget
 from dpo_kit.engine.checkpoint import Keeper
 from dpo_kit.engine.optimizer import make_optimizer
 from dpo_kit.engine.recorder import Recorder
@@ -50,10 +50,10 @@ def run(run_dir: Path, world: World, should_stop: Callable[[], bool]) -> None:
     try:
         _run(run_dir, config, world, recorder, should_stop)
     except Exception as error:
-        if not micro_batch.is_out_of_memory(error):
+        if not token_budget.is_out_of_memory(error):
             raise
         settled = budget.read(run_dir)
-        raise micro_batch.OutOfMemory(recorder.phase, error, step=recorder.step, tokens=settled) from error
+        raise token_budget.OutOfMemory(recorder.phase, error, step=recorder.step, tokens=settled) from error
 
 
 def _run(
@@ -63,14 +63,14 @@ def _run(
     torch.manual_seed(config.seed)
     torch.use_deterministic_algorithms(config.actor.deterministic)
     train, valid = _stores(run_dir)
-    micro_batch.check(config, train)
+    token_budget.check(config, train)
     told: dict[str, Any] = {
         "should_stop": should_stop,
         "progress": recorder.progress,
         "found": recorder.found,
     }
     engine = state.build(config, world, train, valid, **told)
-    micro_batch.settle(engine, run_dir)
+    token_budget.settle(engine, run_dir)
     recorder.write_weights(reference.prepare(engine))
     for finding in reference.swapped_columns(train, engine.ref_train):
         recorder.found(finding)
@@ -140,7 +140,7 @@ def main(run_dir: Path) -> int:
     except UserError as error:
         write_rank_error(run_dir, rank, error)
         status = ExitStatus.MISTAKE
-    except micro_batch.OutOfMemory as error:
+    except token_budget.OutOfMemory as error:
         write_rank_error(run_dir, rank, error, out_of_memory=error.facts)
         traceback.print_exc()
         status = ExitStatus.OUT_OF_MEMORY

@@ -14,7 +14,7 @@ from pathlib import Path
 from dpo_kit import config as config_module
 from dpo_kit.errors import ConfigError, UserError
 from dpo_kit.launch import local, preflight, trial, world
-from dpo_kit.records import checkpoints, manifest, metrics, resuming, run_folder
+from dpo_kit.records import checkpoint_folders, manifest, metrics, resuming, run_folder
 from dpo_kit.records.facts import at_step, read_facts
 from dpo_kit.runs import Run
 from dpo_kit.system import folders
@@ -68,7 +68,7 @@ def _step_to_fork(parent: Run, step: int | None, overrides: Sequence[str]) -> in
     """The step of a whole checkpoint: the one asked for, or the newest."""
     there = parent.checkpoints()
     if step is None and there:
-        newest, told = checkpoints.newest(parent.dir / "checkpoints")
+        newest, told = checkpoint_folders.newest(parent.dir / "checkpoints")
         for line in told:
             print(line, flush=True)
         if newest is None:

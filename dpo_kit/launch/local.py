@@ -1,6 +1,6 @@
 """Starting runs on this machine, in the background or with this process as the supervisor.
 
-Whether a run outlives this process is a matter of who sits before it (supervise/headless). Everything that can be told
+Whether a run outlives this process is a matter of who sits before it (supervise/owner). Everything that can be told
 without building data is checked before the folder is made, so that a mistake leaves nothing on disk; what a run that
 exists may not go on with is refused before anything of it changes (`resuming`).
 
@@ -20,7 +20,7 @@ from dpo_kit.launch import preflight, trial, world
 from dpo_kit.records import findings, manifest, run_folder
 from dpo_kit.runs import Run
 from dpo_kit.supervise import supervisor
-from dpo_kit.supervise.headless import is_headless
+from dpo_kit.supervise.owner import is_headless
 from dpo_kit.supervise.start import resume, start_supervisor
 from dpo_kit.view import progress
 

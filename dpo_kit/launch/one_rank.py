@@ -1,9 +1,9 @@
-"""One rank of `launch.spawn`: `python -m dpo_kit.launch.one_rank FOLDER`, started by `ranks`.
+"""One rank of `launch.spawn`: `python -m dpo_kit.launch.one_rank FOLDER`, started by `on_ranks`.
 
 Reads `task.pkl`, joins the process group, calls the function and leaves `result-N.pkl`, which holds either
 `result` or `error`, `traceback` and `at`.
 
-Deliberately not here: deciding what to run and what to do about an error (`ranks`).
+Deliberately not here: deciding what to run and what to do about an error (`on_ranks`).
 """
 
 from __future__ import annotations

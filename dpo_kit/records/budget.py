@@ -5,9 +5,9 @@
      "halvings": [{"section": "actor", "from": 4096, "to": 2048, "step": 3, "rank": 1, "error": "..."}],
      "config_sha256": "..."}
 
-The ranks write it when they have settled (engine/micro_batch); after one of them ran out of memory the supervisor
+The ranks write it when they have settled (engine/token_budget); after one of them ran out of memory the supervisor
 halves and starts them again. Micro-batching does not change a step's result, so the numbers are the machine's matter
-and `config.yaml` keeps what the user asked for. Not here: settling and measuring (engine/micro_batch), processes.
+and `config.yaml` keeps what the user asked for. Not here: settling and measuring (engine/token_budget), processes.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from typing import Any
 
 from dpo_kit.config import Config, differences, load, to_tree
 from dpo_kit.errors import UserError
-from dpo_kit.records import checkpoints, manifest, metrics, run_folder
+from dpo_kit.records import checkpoint_folders, manifest, metrics, run_folder
 from dpo_kit.records.status import effective, read_status
 from dpo_kit.system import folders
 from dpo_kit.system.files import read_json
@@ -90,7 +90,7 @@ def read_facts(
     """
     now, folder = effective(read_status(run_dir)), run_dir / "checkpoints"
     try:
-        step, passed = checkpoints.newest(folder, damage or _quick_damage)
+        step, passed = checkpoint_folders.newest(folder, damage or _quick_damage)
         config = config or load(run_dir / "config.yaml")
         made, settled = manifest.read(run_dir), read_json(run_dir / "budget.json", {}) or {}
         if step is None and passed:
@@ -101,7 +101,7 @@ def read_facts(
             at = at_step(run_dir, step, config)
         elif trained:
             at = Point(now.get("step") or 0, {**_content(made), "config": to_tree(config)}, trained=True)
-        there = [other for other in reversed(checkpoints.steps(folder)) if other <= (step or 0)]
+        there = [other for other in reversed(checkpoint_folders.steps(folder)) if other <= (step or 0)]
         return Facts(
             run_dir,
             now,
@@ -129,15 +129,18 @@ def _content(made: dict[str, Any]) -> dict[str, Any]:
 def _quick_damage(folder: Path) -> str:
     """What is wrong with a checkpoint, as far as that is seen without reading all of it."""
     files, problem = folders.committed(folder)
-    if problem or checkpoints.STATE not in files:
-        return problem or f"it has no {checkpoints.STATE}"
-    is_same = folders.hashes(folder, [checkpoints.STATE])[checkpoints.STATE] == files[checkpoints.STATE]
-    return "" if is_same else f"{checkpoints.STATE} has other bytes than were written"
+    if problem or checkpoint_folders.STATE not in files:
+        return problem or f"it has no {checkpoint_folders.STATE}"
+    is_same = (
+        folders.hashes(folder, [checkpoint_folders.STATE])[checkpoint_folders.STATE]
+        == files[checkpoint_folders.STATE]
+    )
+    return "" if is_same else f"{checkpoint_folders.STATE} has other bytes than were written"
 
 
 def at_step(run_dir: Path, step: int, config: Config) -> Point:
     """What the checkpoint of a step, which is whole, says that it is of; `config` is the run's own."""
-    facts = read_json(run_dir / "checkpoints" / f"step-{step}" / checkpoints.STATE)
+    facts = read_json(run_dir / "checkpoints" / f"step-{step}" / checkpoint_folders.STATE)
     at = Point(step, facts["identity"])
     parent = manifest.parent(run_dir)
     return at.forked(config) if parent.get("step") == step else at
@@ -174,7 +177,10 @@ def is_spare(run_dir: Path) -> bool:
     names = [*run_folder.MADE]
     if parent and (Path(parent["folder"]) / "checkpoints" / f"step-{parent['step']}").is_dir():
         last = max((record["step"] for record in metrics.readable_metrics(run_dir)), default=0)
-        if last > parent["step"] or checkpoints.steps(run_dir / "checkpoints") not in ([], [parent["step"]]):
+        if last > parent["step"] or checkpoint_folders.steps(run_dir / "checkpoints") not in (
+            [],
+            [parent["step"]],
+        ):
             return False
         names = [name for name in names if name not in ("metrics.jsonl", "checkpoints")]
     return not any((run_dir / name).is_file() or any((run_dir / name).glob("*")) for name in names)

@@ -32,6 +32,7 @@ from dpo_kit.system.processes import end_children, identify, is_alive
 if TYPE_CHECKING:
     from dpo_kit.view.progress import Lines
 
+
 ENDED_WELL = (ExitStatus.DONE, ExitStatus.STOPPED)
 _POLL_S = 0.1
 _OWNERS_POLL_S = 0.5

@@ -12,7 +12,7 @@ from typing import Any
 from dpo_kit.config import Config, parse_backend
 from dpo_kit.errors import ConfigError, UserError
 from dpo_kit.model import costs, model_folder
-from dpo_kit.records.checkpoints import steps
+from dpo_kit.records.checkpoint_folders import steps
 from dpo_kit.system import folders, machine
 from dpo_kit.system.files import read_json
 

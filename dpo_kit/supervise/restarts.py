@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_kit.errors import ExitStatus
-from dpo_kit.records import budget, checkpoints, manifest, run_folder, status
+from dpo_kit.records import budget, checkpoint_folders, manifest, run_folder, status
 from dpo_kit.supervise.children import ENDED_WELL, Session
 from dpo_kit.system import files
 
@@ -130,7 +130,7 @@ def retry(session: Session, failed: Failure) -> Failure | None:
 
 def _rewind(session: Session, told: str, how: str) -> None:
     """Brings the folder back to where the next attempt begins: the last checkpoint, or before the first step."""
-    found = checkpoints.steps(session.run_dir / "checkpoints")
+    found = checkpoint_folders.steps(session.run_dir / "checkpoints")
     if found:
         run_folder.clear_errors(session.run_dir)
     else:
@@ -152,7 +152,7 @@ def _too_long(session: Session, failed: Failure, longest: int) -> str:
     if config.actor.dtype != "bfloat16":
         ways.append("use actor.dtype=bfloat16")
     # Which change what a step does: not from a checkpoint on.
-    where = " in another trial" if checkpoints.steps(session.run_dir / "checkpoints") else ""
+    where = " in another trial" if checkpoint_folders.steps(session.run_dir / "checkpoints") else ""
     return (
         f"rank {failed.rank} ran out of memory, and the longest pair alone ({longest:,} tokens) does not fit;"
         f" {', or '.join(ways)}{where} (logs/rank-{failed.rank}.log)"

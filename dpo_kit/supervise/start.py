@@ -19,7 +19,8 @@ from dpo_kit.errors import UserError
 from dpo_kit.records import lock, manifest, resuming, run_folder, status
 from dpo_kit.records.facts import read_facts
 from dpo_kit.records.resuming import Decision
-from dpo_kit.supervise import fits, headless
+from dpo_kit.supervise import fits
+from dpo_kit.supervise.owner import is_headless, owners
 from dpo_kit.system import machine
 from dpo_kit.system.files import atomic_write, last_line
 from dpo_kit.system.processes import child_variables
@@ -108,8 +109,8 @@ def start_supervisor(run_dir: Path, owner: str | None = None) -> subprocess.Pope
         run_dir: of the run.
         owner: `interactive`, `headless` or `detached`; None finds out.
     """
-    kind = owner or ("headless" if headless.is_headless() else "interactive")
-    owned_by = headless.owners() if kind == "headless" else []
+    kind = owner or ("headless" if is_headless() else "interactive")
+    owned_by = owners() if kind == "headless" else []
     mine = owned_by[0] if owned_by else {"pid": None, "create_time": None, "host": None}
     status.update_status(run_dir, owner={"kind": kind, **mine})
     started = spawn_detached(run_dir, owned_by)

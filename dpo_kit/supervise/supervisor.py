@@ -38,7 +38,7 @@ from typing import TYPE_CHECKING, Any
 from dpo_kit import config as config_module
 from dpo_kit.errors import ExitStatus, UserError
 from dpo_kit.records import durations, facts, lock, manifest, metrics, run_folder
-from dpo_kit.records.checkpoints import steps
+from dpo_kit.records.checkpoint_folders import steps
 from dpo_kit.records.status import (
     add_seconds,
     clear_stop,
@@ -55,6 +55,7 @@ from dpo_kit.system.processes import end_children, identify, let_go, popen, rank
 
 if TYPE_CHECKING:
     from dpo_kit.view.progress import Lines
+
 
 # What has no state to save (prepare, samples) need not be waited for.
 _CHILD_GRACE_S = 5.0

@@ -4,7 +4,7 @@ A pid alone is no identity (the system hands it out again), so a process is name
 everywhere in the kit. The one Linux call (`prctl`) has a portable fallback: a thread that watches the
 parent's pid.
 
-Deliberately not here: starting ranks (supervise, launch/ranks), records on disk, anything that knows a run.
+Deliberately not here: starting ranks (supervise, launch/on_ranks), records on disk, anything that knows a run.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     print(estimate.text(found))           one table; its last line says whether the run fits
     estimate.refuse(found)                UserError where it does not, with a setting that does
 
-Memory is `costs.step_bytes` at the largest micro-batch that the run plans; time comes from `probe`, a few
+Memory is `costs.step_bytes` at the largest micro-batch that the run plans; time comes from `time_probe`, a few
 blocks of the same shape on the same ranks. Not here: what a launch refuses without data (`preflight`).
 """
 
@@ -18,7 +18,7 @@ import numpy as np
 from dpo_kit import config as config_module
 from dpo_kit import dataset
 from dpo_kit.config import Config, steps
-from dpo_kit.engine import micro_batch, reference, schedule
+from dpo_kit.engine import reference, schedule, token_budget
 from dpo_kit.errors import UserError
 from dpo_kit.model import builtin
 from dpo_kit.model.costs import (
@@ -138,7 +138,7 @@ def _tokens(
     costs = {share: pair_costs(lengths, share) for share in (True, False)}
     run = costs[shares]
     work = shape.work(lengths, shares) if num_ranks > 1 else None
-    largest, _ = micro_batch.largest_micro_batch(config, run, num_ranks, bound, work)
+    largest, _ = token_budget.largest_micro_batch(config, run, num_ranks, bound, work)
     per_rank, num_micro_batches = [], []
     for rows in planned:
         plan = plan_step(run[rows].tolist(), num_ranks, bound, None if work is None else work[rows].tolist())
@@ -159,12 +159,12 @@ def _tokens(
 
 
 def micro_batch_bound(config: Config, shape: Shape, num_ranks: int, free: int) -> int:
-    """Tokens of a training micro-batch at most; `auto` is what fits, as engine/micro_batch settles it."""
+    """Tokens of a training micro-batch at most; `auto` is what fits, as engine/token_budget settles it."""
     given = [config.actor.mb_spec.max_tokens_per_mb]
     if config.ref.logps == "online":
         given.append(config.ref.mb_spec.max_tokens_per_mb)
     on_cuda = bool(config.cluster.n_gpus_per_node)
-    auto = max(1, micro_batch.fitting_tokens(config, shape, num_ranks, free, on_cuda=on_cuda))
+    auto = max(1, token_budget.fitting_tokens(config, shape, num_ranks, free, on_cuda=on_cuda))
     return min(auto if tokens == "auto" else int(tokens) for tokens in given)
 
 
@@ -186,12 +186,12 @@ def _time(
     valid: PairStore | None,
 ) -> dict[str, Any]:
     """Seconds by part of the run, and of one step."""
-    from dpo_kit.tools import probe
+    from dpo_kit.tools import time_probe
 
     tokens, device, num_ranks = found["tokens"], found["device"], found["ranks"]
     costs = pair_costs(train.all_lengths(), config.actor.share_prompt)
     plan = _probed(config, costs, tokens, num_ranks)
-    seconds = probe.measure(config, str(folder), train, plan)
+    seconds = time_probe.measure(config, str(folder), train, plan)
     layers = shape.layers
     probed = max(sum(costs[r] for members in rank for r in members) for rank in plan)
     forward = (seconds["forward"] + layers * seconds["block_forward"]) / probed

@@ -27,7 +27,7 @@ from dpo_kit.model import builtin
 from dpo_kit.model.pair_model import preload, quiet
 from dpo_kit.model.parallel import DTYPES
 from dpo_kit.preferences import PairStore, open_store
-from dpo_kit.records import checkpoints, manifest, status
+from dpo_kit.records import checkpoint_folders, manifest, status
 from dpo_kit.system import processes
 from dpo_kit.system.files import atomic_write, read_json, to_json
 
@@ -115,7 +115,7 @@ def latest_export(run_dir: Path) -> Path:
     Raises:
         UserError: the run has written none yet.
     """
-    steps = [run_dir / "exports" / f"step-{step}" for step in checkpoints.steps(run_dir / "exports")]
+    steps = [run_dir / "exports" / f"step-{step}" for step in checkpoint_folders.steps(run_dir / "exports")]
     for folder in [run_dir / "model", *reversed(steps)]:
         if (folder / "config.json").is_file():
             return folder

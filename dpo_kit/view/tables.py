@@ -28,6 +28,7 @@ from dpo_kit.view.html import Html
 if TYPE_CHECKING:
     from dpo_kit.runs import Run
 
+
 _PROMPT_CHARS, _ANSWER_CHARS = 400, 700
 _MOST_FITTED = 5000  # training pairs that the rules on one feature are fitted on: seconds, whatever the data
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dpo_kit import config
-from dpo_kit.config import elsewhere, schema
+from dpo_kit.config import foreign_names, schema
 from dpo_kit.errors import ConfigError
 from dpo_kit.loss_types import LOSS_TYPES
 
@@ -514,7 +514,7 @@ def test_the_given_tree_is_not_changed():
 
 def test_names_from_elsewhere_lead_to_what_there_is():
     names = config.field_names()
-    for known, key in elsewhere.KEYS.items():
+    for known, key in foreign_names.KEYS.items():
         assert schema.lookup(key), key
         assert known not in {name.rpartition(".")[2] for name in names}
     for field in (

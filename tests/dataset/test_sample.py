@@ -113,9 +113,9 @@ def test_a_pair_is_short(parts):
     """The recorded means, counted again where the tokenizer is already in the cache."""
     rows = sum(len(pairs) for pairs in parts.values())
     assert sum(MEAN_TOKENS[name] * len(pairs) for name, pairs in parts.items()) / rows <= 60
-    if not model_folder.cached(builtin.SMOLLM2):
+    if not model_folder.cached(model_folder.SMOLLM2):
         pytest.skip("smollm2-135m-instruct is not in the cache; the recorded means were checked")
-    tokenizer = builtin.load_tokenizer(builtin.SMOLLM2)
+    tokenizer = builtin.load_tokenizer(model_folder.SMOLLM2)
     for name, pairs in parts.items():
         assert np.mean(report.run_tokens(tokenizer, pairs)) == pytest.approx(MEAN_TOKENS[name], abs=0.05)
 

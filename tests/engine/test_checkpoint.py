@@ -18,7 +18,7 @@ from dpo_kit.engine.state import Stopped
 from dpo_kit.errors import UserError
 from dpo_kit.model.parallel import full_tensor, masters
 from dpo_kit.preferences import open_store
-from dpo_kit.records import checkpoints
+from dpo_kit.records import checkpoint_folders
 from dpo_kit.system import folders
 from tests.helpers import make_engine, one_rank, random_pairs, store_of, tiny_config
 
@@ -89,7 +89,7 @@ def continue_from(folder: Path, step: int, target: Path, *overrides: str) -> dic
 @pytest.mark.parametrize("step", range(1, STEPS + 1))
 def test_a_resume_at_every_step_equals_the_undisturbed_run(undisturbed, tmp_path, step):
     folder, whole = undisturbed
-    assert checkpoints.steps(folder / "run" / "checkpoints") == list(range(1, STEPS + 1))
+    assert checkpoint_folders.steps(folder / "run" / "checkpoints") == list(range(1, STEPS + 1))
     rest = continue_from(folder, step, tmp_path)
     assert rest["first"] == step + 1
     assert list(map(same, rest["steps"])) == list(map(same, whole["steps"][step:]))
@@ -163,7 +163,7 @@ def test_a_stop_keeps_the_step_at_hand(undisturbed, tmp_path):
     slow = ("recover.freq_steps=100",)
     first = train_on(str(tmp_path), slow, stop_after=4)
     assert len(first["steps"]) == 4
-    assert checkpoints.steps(tmp_path / "run" / "checkpoints") == [4]
+    assert checkpoint_folders.steps(tmp_path / "run" / "checkpoints") == [4]
     rest = train_on(str(tmp_path), slow)
     assert list(map(same, first["steps"] + rest["steps"])) == list(map(same, whole["steps"]))
 
@@ -286,7 +286,7 @@ def save_with_an_error(folder: str) -> str:
 
 def test_only_the_newest_stay(tmp_path):
     train_on(str(tmp_path), ("recover.keep=2",))
-    assert checkpoints.steps(tmp_path / "run" / "checkpoints") == [11, 12]
+    assert checkpoint_folders.steps(tmp_path / "run" / "checkpoints") == [11, 12]
 
 
 def test_a_full_disk_names_the_folder_and_the_sizes(tmp_path, monkeypatch):
@@ -306,7 +306,7 @@ def test_a_full_disk_names_the_folder_and_the_sizes(tmp_path, monkeypatch):
     assert "step-3 stands" in str(caught.value)
     assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
     monkeypatch.undo()
-    assert checkpoints.newest(folder)[0] == 3
+    assert checkpoint_folders.newest(folder)[0] == 3
 
 
 def test_the_state_is_plain_json(undisturbed):

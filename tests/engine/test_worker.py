@@ -19,12 +19,12 @@ import torch
 from dpo_kit import cli, launch, runs
 from dpo_kit import config as config_module
 from dpo_kit.dataset import prepare
-from dpo_kit.engine import micro_batch, reference, state, step, worker
+from dpo_kit.engine import reference, state, token_budget, worker
 from dpo_kit.engine.recorder import Recorder
 from dpo_kit.errors import UserError
 from dpo_kit.model import builtin, packing, parallel
 from dpo_kit.preferences import open_store
-from dpo_kit.records import checkpoints, metrics, run_folder
+from dpo_kit.records import checkpoint_folders, metrics, run_folder
 from dpo_kit.records.status import PHASES, read_status
 from dpo_kit.supervise import supervisor
 from dpo_kit.system.files import read_json
@@ -282,7 +282,7 @@ def test_a_stop_in_mid_training_saves(tmp_path, monkeypatch, capsys):
     assert (status["state"], status["total_steps"]) == ("stopped", 5 * 9999)
     (export,) = (run_dir / "exports").iterdir()
     assert export.name == f"step-{metrics.read_metrics(run_dir)[-1]['step']}" == f"step-{status['step']}"
-    assert checkpoints.newest(run_dir / "checkpoints") == (status["step"], [])
+    assert checkpoint_folders.newest(run_dir / "checkpoints") == (status["step"], [])
     assert "dpo/one: stopped" in capsys.readouterr().out
 
 
@@ -340,7 +340,7 @@ def test_a_pair_over_the_micro_batch_is_refused_by_name(tmp_path, section):
         UserError,
         match=rf"{section}\.mb_spec\.max_tokens_per_mb = 40 is less than the longest pair \({longest}",
     ):
-        micro_batch.check(config, store)
+        token_budget.check(config, store)
 
 
 @pytest.mark.parametrize("logps", ["cached", "online"])
@@ -353,7 +353,7 @@ def test_the_references_own_token_bound_holds_and_changes_nothing(tmp_path, monk
         return batch
 
     wide = train_tiny(str(tmp_path / "wide"), (f"ref.logps={logps}", "total_train_steps=2"))
-    monkeypatch.setattr(step, "pack", pack)
+    monkeypatch.setattr(packing, "pack", pack)
     bound = (f"ref.logps={logps}", "total_train_steps=2", "ref.mb_spec.max_tokens_per_mb=80")
     narrow = train_tiny(str(tmp_path / "narrow"), bound)
     in_training = [width for width in widths if width > 80]

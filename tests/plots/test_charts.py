@@ -46,7 +46,7 @@ def traces(figure):
 
 
 def test_curves_are_metrics_with_a_name():
-    curves = (*plots.REWARDS, *plots.MARGIN, *plots.ACCURACY, *plots.LOSS, *plots.LOGPS)
+    curves = (*charts.REWARDS, *charts.MARGIN, *charts.ACCURACY, *charts.LOSS, *charts.LOGPS)
     recorded = metrics.means([1.0] * len(metrics.SUMS), "dpo")
     assert all(f"dpo/{metric}" in recorded for metric, *_ in curves)
 

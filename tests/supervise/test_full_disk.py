@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_kit.records import checkpoints, metrics
+from dpo_kit.records import checkpoint_folders, metrics
 from dpo_kit.system.files import read_json
 from tests.supervise.test_kills import PARAMS
 
@@ -69,12 +69,12 @@ def test_a_disk_that_fills_up(tmp_path, small_disk, what):
     length = 7 if what == "export" else 400
     options = (frequency, f"total_train_steps={length}", "recover.keep=2", "recover.retries=0")
     process = begin(tmp_path, disk, *options)
-    while process.poll() is None and not checkpoints.steps(run_dir / "checkpoints"):
+    while process.poll() is None and not checkpoint_folders.steps(run_dir / "checkpoints"):
         time.sleep(0.002)
     filler = fill(disk, {"checkpoint": 200_000, "metrics": 0, "export": 100_000}[what])
     said = process.communicate()[0]
     assert process.returncode in (1, 2), said
-    newest, told = checkpoints.newest(run_dir / "checkpoints")
+    newest, told = checkpoint_folders.newest(run_dir / "checkpoints")
     assert (newest or 0) >= 1, said
     assert told == []
     assert str(run_dir) in said, said

@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dpo_kit.records import checkpoints, metrics
+from dpo_kit.records import checkpoint_folders, metrics
 from dpo_kit.system.files import read_json
 
 KILLS = int(os.environ.get("DPO_KIT_KILLS", "5"))
@@ -60,17 +60,17 @@ def kill_tree(process: subprocess.Popen) -> None:
 def kill_at_random(root: Path, run_dir: Path, rng: random.Random) -> tuple[int, int]:
     """Starts or continues the run and kills it; the newest checkpoint acknowledged before, and what is whole after."""
     process = start(root, "wild")
-    before = checkpoints.steps(run_dir / "checkpoints")
+    before = checkpoint_folders.steps(run_dir / "checkpoints")
     if rng.random() < 0.85:  # in mid-training or while a checkpoint is written; else while it starts
-        while process.poll() is None and checkpoints.steps(run_dir / "checkpoints") == before:
+        while process.poll() is None and checkpoint_folders.steps(run_dir / "checkpoints") == before:
             time.sleep(0.005)
         time.sleep(rng.uniform(0, 0.6))
     else:
         time.sleep(rng.uniform(0.5, 6))
-    acknowledged = max(checkpoints.steps(run_dir / "checkpoints"), default=0)
+    acknowledged = max(checkpoint_folders.steps(run_dir / "checkpoints"), default=0)
     if process.poll() is None:
         kill_tree(process)
-    newest, told = checkpoints.newest(run_dir / "checkpoints")
+    newest, told = checkpoint_folders.newest(run_dir / "checkpoints")
     assert told == []
     return acknowledged, newest or 0
 
@@ -98,7 +98,11 @@ def test_a_killed_rank_is_replaced_and_changes_nothing(calm, tmp_path):
     killed: list[int] = []
     while process.poll() is None and len(killed) < 2:
         ranks = (read_json(run_dir / "status.json", {}) if run_dir.exists() else {}).get("ranks") or []
-        if ranks and ranks[1] not in killed and len(checkpoints.steps(run_dir / "checkpoints")) > len(killed):
+        if (
+            ranks
+            and ranks[1] not in killed
+            and len(checkpoint_folders.steps(run_dir / "checkpoints")) > len(killed)
+        ):
             killed.append(ranks[1])
             os.kill(ranks[1], signal.SIGKILL)
         time.sleep(0.01)

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from dpo_kit.errors import UserError
-from dpo_kit.records import checkpoints, lock, metrics, run_folder
+from dpo_kit.records import checkpoint_folders, lock, metrics, run_folder
 from dpo_kit.records.status import effective, read_rank_errors, read_status, request_stop, stop_requested
 from dpo_kit.supervise import start
 from dpo_kit.supervise.supervisor import supervise
@@ -431,7 +431,7 @@ def test_a_run_that_is_killed_while_it_makes_samples_is_not_trained_again(make_r
     process = background(run_dir)
     until(lambda: "samples" in started(run_dir))
     (run_dir / "model").mkdir()
-    assert checkpoints.steps(run_dir / "checkpoints") == [3]
+    assert checkpoint_folders.steps(run_dir / "checkpoints") == [3]
     process.kill()
     process.wait()
     (run_dir / "play.json").write_text(json.dumps({"prepare": [], "worker": {}, "samples": []}))
@@ -439,7 +439,7 @@ def test_a_run_that_is_killed_while_it_makes_samples_is_not_trained_again(make_r
     assert supervise(run_dir, **MODULES) == 0  # ranks without a part to play would fail
     status = read_status(run_dir)
     assert (status["state"], status["step"], status["samples"]) == ("done", 3, "made")
-    assert checkpoints.steps(run_dir / "checkpoints") == []
+    assert checkpoint_folders.steps(run_dir / "checkpoints") == []
     assert steps(run_dir) == 3
 
 
@@ -452,7 +452,7 @@ def test_checkpoints_stay_until_the_run_is_done(make_run):
     )
     assert supervise(run_dir, **MODULES) == 0
     assert read_status(run_dir)["attempt"] == 1
-    assert checkpoints.steps(run_dir / "checkpoints") == []
+    assert checkpoint_folders.steps(run_dir / "checkpoints") == []
 
 
 def test_a_stop_during_samples_is_a_run_that_is_done(make_run):

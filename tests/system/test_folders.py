@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_kit.records import checkpoints
+from dpo_kit.records import checkpoint_folders
 from dpo_kit.system import folders, machine
 
 NAMES = ("a.bin", "b.bin", ".metadata", "inner/c.bin")
@@ -37,7 +37,7 @@ def test_what_was_written_is_whole(tmp_path):
     assert folders.damage(target) == ""
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-3"]
     assert folders.file_names(target) == sorted(NAMES)
-    assert checkpoints.newest(tmp_path) == (3, [])
+    assert checkpoint_folders.newest(tmp_path) == (3, [])
 
 
 @pytest.mark.parametrize("name", [*NAMES, folders.COMMIT])
@@ -48,7 +48,7 @@ def test_a_flipped_byte_is_found_in_every_file(tmp_path, name, at):
     content = bytearray(file.read_bytes())
     content[at if at == -1 else int(at * len(content))] ^= 1
     file.write_bytes(content)
-    step, told = checkpoints.newest(tmp_path)
+    step, told = checkpoint_folders.newest(tmp_path)
     assert step == 1
     assert len(told) == 1
     assert "step-2 is damaged" in told[0]
@@ -64,7 +64,7 @@ def test_cut_and_missing_files_are_found(tmp_path, name, how):
     else:
         os.truncate(file, file.stat().st_size - 1)
     assert name in folders.damage(tmp_path / "step-2")
-    assert checkpoints.newest(tmp_path)[0] is None
+    assert checkpoint_folders.newest(tmp_path)[0] is None
 
 
 def test_a_file_that_a_browser_added_is_no_damage(tmp_path):
@@ -83,19 +83,19 @@ def test_ranks_share_the_reading(tmp_path):
 def test_the_newest_stay_and_removing_twice_changes_nothing(tmp_path):
     for step in (1, 2, 10, 9):
         write(tmp_path, step)
-    assert checkpoints.steps(tmp_path) == [1, 2, 9, 10]
-    assert checkpoints.retain(tmp_path, 2, 10) == [2, 1]
-    assert checkpoints.retain(tmp_path, 2, 10) == []
-    assert checkpoints.steps(tmp_path) == [9, 10]
-    assert checkpoints.retain(tmp_path, 0, 10) == [9]  # the last one is never removed
+    assert checkpoint_folders.steps(tmp_path) == [1, 2, 9, 10]
+    assert checkpoint_folders.retain(tmp_path, 2, 10) == [2, 1]
+    assert checkpoint_folders.retain(tmp_path, 2, 10) == []
+    assert checkpoint_folders.steps(tmp_path) == [9, 10]
+    assert checkpoint_folders.retain(tmp_path, 0, 10) == [9]  # the last one is never removed
 
 
 def test_a_damaged_one_does_not_count_as_one_that_stays(tmp_path):
     for step in (1, 2, 3):
         write(tmp_path, step)
     (tmp_path / "step-3" / "a.bin").unlink()
-    assert checkpoints.retain(tmp_path, 1, 3) == [1]
-    assert checkpoints.newest(tmp_path)[0] == 2
+    assert checkpoint_folders.retain(tmp_path, 1, 3) == [1]
+    assert checkpoint_folders.newest(tmp_path)[0] == 2
 
 
 def test_later_ones_that_were_passed_over_do_not_push_out_what_was_written_now(tmp_path):
@@ -103,9 +103,9 @@ def test_later_ones_that_were_passed_over_do_not_push_out_what_was_written_now(t
     for step in (4, 8, 5):
         write(tmp_path, step)
     (tmp_path / "step-8" / "a.bin").write_bytes((tmp_path / "step-8" / "a.bin").read_bytes()[::-1] + b"")
-    assert checkpoints.retain(tmp_path, 1, 5) == [8, 4]
-    assert checkpoints.newest(tmp_path) == (5, [])
-    assert checkpoints.retain(tmp_path, 1, 5) == []
+    assert checkpoint_folders.retain(tmp_path, 1, 5) == [8, 4]
+    assert checkpoint_folders.newest(tmp_path) == (5, [])
+    assert checkpoint_folders.retain(tmp_path, 1, 5) == []
 
 
 def test_a_checkpoint_that_somebody_else_removed_is_removed(tmp_path):
@@ -169,7 +169,7 @@ def test_what_killed_writers_left_is_swept(tmp_path):
     write(tmp_path, 5)
     for name in LEFT:
         (tmp_path / name).mkdir()
-    assert checkpoints.steps(tmp_path) == [5]
+    assert checkpoint_folders.steps(tmp_path) == [5]
     assert [path.name for path in folders.leftovers(tmp_path)] == sorted(LEFT)
     folders.sweep(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step-5"]
@@ -229,7 +229,7 @@ def test_a_killed_writer_leaves_the_last_acknowledged_checkpoint(tmp_path):
         writer.wait()
         writer.stdout.close()
         acknowledged = max([int(line) for line in said[:-1] if line], default=last + 1)
-        step, told = checkpoints.newest(tmp_path)
+        step, told = checkpoint_folders.newest(tmp_path)
         assert told == []
         assert step is not None
         assert step >= acknowledged

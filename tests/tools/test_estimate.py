@@ -17,12 +17,12 @@ from dpo_kit.model import builtin, costs, model_folder
 from dpo_kit.model.packing import pair_costs, plan_step
 from dpo_kit.supervise import fits
 from dpo_kit.system import machine
-from dpo_kit.tools import estimate, probe
+from dpo_kit.tools import estimate, time_probe
 from tests.helpers import random_pairs, store_of, tiny_config
 
 GIB = 2**30
 MIB = 2**20
-SECONDS = dict.fromkeys(probe.PARTS, 1.0) | {"params": 1, "repeats": 2}
+SECONDS = dict.fromkeys(time_probe.PARTS, 1.0) | {"params": 1, "repeats": 2}
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def probed(monkeypatch):
         plans.append(plan)
         return SECONDS
 
-    monkeypatch.setattr(probe, "measure", measure)
+    monkeypatch.setattr(time_probe, "measure", measure)
     return plans
 
 
@@ -145,7 +145,7 @@ def test_how_often_things_come_due(config):
 def test_a_real_probe_gives_seconds_for_every_part(tmp_path):
     config = tiny_config(tmp_path, "actor.dtype=float32", "actor.gradient_checkpointing=true")
     store = store_of(random_pairs(8), tmp_path / "pairs")
-    found = probe.measure(config, builtin.ensure("tiny-random"), store, [[[0, 1, 2], [3]]])
+    found = time_probe.measure(config, builtin.ensure("tiny-random"), store, [[[0, 1, 2], [3]]])
     assert all(found[part] > 0 for part in ("block_forward", "block_backward", "update"))
     # Three blocks of 4 * 64 * 64 + 3 * 64 * 128 and two norms each, 264 * 64 twice, the last norm.
     assert found["params"] == 3 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 2 * 264 * 64 + 64

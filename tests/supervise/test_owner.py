@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from dpo_kit.supervise import headless as supervise_headless
+from dpo_kit.supervise import owner as owner_module
 from dpo_kit.system.processes import identify
 
 
@@ -34,7 +34,7 @@ from dpo_kit.system.processes import identify
     ],
 )
 def test_programs_that_run_notebooks_are_known_by_their_command(command, headless):
-    assert supervise_headless.runs_notebooks(command) is headless
+    assert owner_module.runs_notebooks(command) is headless
 
 
 @pytest.fixture
@@ -42,55 +42,55 @@ def outside(monkeypatch):
     """As if neither pytest nor a kernel were around; the environment to play with is `environment`."""
     environment: dict[str, str] = {}
     # Not the real one: pytest sets its variable again before each test and needs it afterwards.
-    monkeypatch.setattr(supervise_headless, "os", SimpleNamespace(environ=environment))
-    monkeypatch.setattr(supervise_headless, "shell", lambda: None)
+    monkeypatch.setattr(owner_module, "os", SimpleNamespace(environ=environment))
+    monkeypatch.setattr(owner_module, "shell", lambda: None)
     monkeypatch.delattr(sys, "ps1", raising=False)
     monkeypatch.environment = environment
     return monkeypatch
 
 
 def test_pytest_is_headless():
-    assert supervise_headless.is_headless()
+    assert owner_module.is_headless()
 
 
 def test_a_plain_script_is_headless_and_a_repl_is_not(outside):
-    assert supervise_headless.is_headless()
+    assert owner_module.is_headless()
     outside.setattr(sys, "ps1", ">>> ", raising=False)
-    assert not supervise_headless.is_headless()
+    assert not owner_module.is_headless()
 
 
 def test_a_kernel_is_judged_by_the_program_that_started_it(outside):
-    outside.setattr(supervise_headless, "shell", lambda: SimpleNamespace(kernel=1))
-    assert not supervise_headless.is_headless()
+    outside.setattr(owner_module, "shell", lambda: SimpleNamespace(kernel=1))
+    assert not owner_module.is_headless()
     outside.environment["JPY_PARENT_PID"] = str(os.getpid())
-    assert supervise_headless.is_headless()
-    assert [owner["pid"] for owner in supervise_headless.owners()] == [os.getpid()] * 2
-    outside.setattr(supervise_headless, "runs_notebooks", lambda command: False)
-    assert not supervise_headless.is_headless()
+    assert owner_module.is_headless()
+    assert [owner["pid"] for owner in owner_module.owners()] == [os.getpid()] * 2
+    outside.setattr(owner_module, "runs_notebooks", lambda command: False)
+    assert not owner_module.is_headless()
 
 
 def test_a_script_started_from_a_notebook_is_a_script(outside):
     """`!python train.py` inherits JPY_PARENT_PID of its notebook."""
     outside.environment["JPY_PARENT_PID"] = "999999999"
-    assert supervise_headless.is_headless()
-    assert [owner["pid"] for owner in supervise_headless.owners()] == [os.getpid()]
+    assert owner_module.is_headless()
+    assert [owner["pid"] for owner in owner_module.owners()] == [os.getpid()]
 
 
 def test_the_environment_has_the_last_word(outside):
-    outside.environment[supervise_headless.OVERRIDE] = "0"
-    assert not supervise_headless.is_headless()
+    outside.environment[owner_module.OVERRIDE] = "0"
+    assert not owner_module.is_headless()
     outside.environment["PYTEST_CURRENT_TEST"] = "x"
-    assert not supervise_headless.is_headless()
-    outside.environment[supervise_headless.OVERRIDE] = "1"
+    assert not owner_module.is_headless()
+    outside.environment[owner_module.OVERRIDE] = "1"
     outside.setattr(sys, "ps1", ">>> ", raising=False)
-    assert supervise_headless.is_headless()
+    assert owner_module.is_headless()
 
 
 def test_a_parent_that_is_gone_is_no_parent(outside):
     for text in ("999999999", "1", "", "x"):
         outside.environment["JPY_PARENT_PID"] = text
-        assert supervise_headless.kernel_parent() is None
+        assert owner_module.kernel_parent() is None
 
 
 def test_owners_are_identities(outside):
-    assert supervise_headless.owners() == [identify()]
+    assert owner_module.owners() == [identify()]

@@ -28,7 +28,7 @@ from dpo_kit import config as config_module
 from dpo_kit.config import Config
 from dpo_kit.engine import state
 from dpo_kit.engine.optimizer import make_optimizer, update
-from dpo_kit.launch.ranks import spawn
+from dpo_kit.launch.on_ranks import spawn
 from dpo_kit.losses import preference_loss
 from dpo_kit.model import model_folder, pair_model
 from dpo_kit.model.packing import MicroBatch, pack, response_sums

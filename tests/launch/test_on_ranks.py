@@ -12,7 +12,7 @@ import time
 import pytest
 
 from dpo_kit.errors import UserError
-from dpo_kit.launch.ranks import spawn
+from dpo_kit.launch.on_ranks import spawn
 from dpo_kit.system import processes
 from tests import rank_functions
 from tests.test_ranks import wait_for_pids, wait_gone
@@ -85,7 +85,7 @@ def test_an_interrupted_cell_leaves_no_process(tmp_path):
 
 def test_a_killed_parent_leaves_no_process(tmp_path):
     code = (
-        "import sys; from dpo_kit.launch.ranks import spawn; from tests import rank_functions\n"
+        "import sys; from dpo_kit.launch.on_ranks import spawn; from tests import rank_functions\n"
         "spawn(rank_functions.sleep_and_tell, sys.argv[1], 60)"
     )
     parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])

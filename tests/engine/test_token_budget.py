@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dpo_kit.config.steps import num_steps
-from dpo_kit.engine import loop, micro_batch, schedule, state, step
+from dpo_kit.engine import loop, schedule, state, step, token_budget
 from dpo_kit.errors import UserError
 from dpo_kit.model import costs, packing, parallel
 from dpo_kit.model.costs import Shape
@@ -34,7 +34,7 @@ def make(tmp_path):
         with one_rank() as world:
             world = dataclasses.replace(world, device=torch.device("cuda")) if on_cuda else world
             engine = engine_of(tiny_config(tmp_path, *overrides), world, free)
-            return micro_batch.estimated(engine, COSTS, None, before or {})
+            return token_budget.estimated(engine, COSTS, None, before or {})
 
     return estimated
 
@@ -91,7 +91,7 @@ def test_ranks_agree_on_the_least(ranks, tmp_path):
 def estimate_of_ranks(folder):
     world, config = parallel.init_world(cuda=False), tiny_config(Path(folder), AUTO)
     free = sum(costs.step_bytes(SHAPE, config, num_ranks=2, tokens=1500 + 500 * world.rank).values())
-    return micro_batch.estimated(engine_of(config, world, free), COSTS, None, {})["actor"]
+    return token_budget.estimated(engine_of(config, world, free), COSTS, None, {})["actor"]
 
 
 @pytest.mark.parametrize("tokens", [900, 1300, 5000])
@@ -106,7 +106,7 @@ def test_the_largest_micro_batch_is_that_of_all_steps_and_ranks(tmp_path, tokens
             rows = schedule.step_rows(config, 50, number)
             for plan in packing.plan_step(costs[rows].tolist(), num_ranks, tokens):
                 planned |= {tuple(rows[m]): costs[rows[m]].sum() for m in plan if m}
-        largest, rows = micro_batch.largest_micro_batch(config, costs, num_ranks, tokens)
+        largest, rows = token_budget.largest_micro_batch(config, costs, num_ranks, tokens)
         assert 0.99 * max(planned.values()) <= largest <= max(planned.values())
         assert planned[tuple(rows)] == largest
 
@@ -133,12 +133,12 @@ def measure(make, tmp_path, monkeypatch):
             tried.append(int(COSTS[rows].sum()))
             return torch.OutOfMemoryError("CUDA out of memory.") if tried[-1] > limit else None
 
-        monkeypatch.setattr(micro_batch, "try_out", try_out)
+        monkeypatch.setattr(token_budget, "try_out", try_out)
         monkeypatch.setattr(state, "reload_policy", loaded.append)
         made = make(AUTO, *overrides) | {"actor": 4096}
         world = types.SimpleNamespace(size=1, dp_size=1)
         engine = engine_of(tiny_config(tmp_path, AUTO, *overrides), world)
-        made = micro_batch.measured(engine, COSTS, None, made)
+        made = token_budget.measured(engine, COSTS, None, made)
         assert len(loaded) == len(tried) - 1
         return made, tried
 
@@ -163,7 +163,7 @@ def test_measuring_what_fits_at_once_changes_nothing_and_leaves_the_reference_al
 
 def test_a_longest_pair_that_does_not_fit_alone_is_told(measure):
     with pytest.raises(
-        micro_batch.OutOfMemory, match=r"with 900 tokens a micro-batch \(OutOfMemoryError: CUDA"
+        token_budget.OutOfMemory, match=r"with 900 tokens a micro-batch \(OutOfMemoryError: CUDA"
     ):
         measure(800)
 
@@ -172,11 +172,11 @@ def test_other_errors_of_the_trial_are_not_swallowed(tmp_path, monkeypatch):
     def run(engine, rows):
         raise RuntimeError("shape mismatch")
 
-    monkeypatch.setattr(micro_batch, "run_micro_batch", run)
+    monkeypatch.setattr(token_budget, "run_micro_batch", run)
     with one_rank() as world:
         engine = make_engine(world, tiny_config(tmp_path, AUTO), store_of(random_pairs(8), tmp_path / "p"))
         with pytest.raises(RuntimeError, match="shape mismatch"):
-            micro_batch.try_out(engine, [0])
+            token_budget.try_out(engine, [0])
 
 
 def test_trying_leaves_no_trace(tmp_path, monkeypatch):
@@ -199,7 +199,7 @@ def test_trying_leaves_no_trace(tmp_path, monkeypatch):
         before = weights(engine.policy)
         parameters = [*parallel.masters(engine.policy).values(), *engine.policy.parameters()]
         rng = torch.get_rng_state()
-        assert micro_batch.try_out(engine, list(range(8))) is None
+        assert token_budget.try_out(engine, list(range(8))) is None
         assert len(gradients) == 2
         assert torch.equal(rng, torch.get_rng_state())
         assert [p for p in parameters if p.grad is not None] == []
@@ -219,16 +219,16 @@ def test_a_trial_that_failed_loads_the_policy_again(tmp_path, monkeypatch):
         if len(rows) > 4:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    run_once = micro_batch.run_micro_batch
-    monkeypatch.setattr(micro_batch, "run_micro_batch", run)
+    run_once = token_budget.run_micro_batch
+    monkeypatch.setattr(token_budget, "run_micro_batch", run)
     with one_rank() as world:
         config = tiny_config(tmp_path, AUTO)
         engine = make_engine(world, config, store_of(random_pairs(16), tmp_path / "pairs"))
         first = engine.policy
-        assert isinstance(micro_batch.try_out(engine, list(range(8))), torch.OutOfMemoryError)
+        assert isinstance(token_budget.try_out(engine, list(range(8))), torch.OutOfMemoryError)
         state.reload_policy(engine)
         assert engine.policy is not first
-        assert micro_batch.try_out(engine, list(range(4))) is None
+        assert token_budget.try_out(engine, list(range(4))) is None
         steps = []
         hooks = loop.Hooks(steps.append, lambda *_: None, lambda *_: False, lambda _: None)
         loop.train(engine, hooks)
@@ -239,11 +239,11 @@ def test_a_trial_that_failed_loads_the_policy_again(tmp_path, monkeypatch):
 
 
 def test_of_several_ranks_one_out_of_memory_ends_the_trial(make, monkeypatch, tmp_path):
-    monkeypatch.setattr(micro_batch, "try_out", lambda *_: torch.OutOfMemoryError("CUDA out of memory."))
+    monkeypatch.setattr(token_budget, "try_out", lambda *_: torch.OutOfMemoryError("CUDA out of memory."))
     monkeypatch.setattr(state, "reload_policy", lambda _: pytest.fail("loaded again"))
     engine = engine_of(tiny_config(tmp_path, AUTO), types.SimpleNamespace(size=2, dp_size=2))
-    with pytest.raises(micro_batch.OutOfMemory) as caught:
-        micro_batch.measured(engine, COSTS, None, make(AUTO))
+    with pytest.raises(token_budget.OutOfMemory) as caught:
+        token_budget.measured(engine, COSTS, None, make(AUTO))
     assert caught.value.facts == {"section": "actor", "step": None}
 
 
@@ -273,26 +273,26 @@ def allocate_too_much():
     ],
 )
 def test_what_running_out_of_memory_is(error, expected):
-    assert micro_batch.is_out_of_memory(error) is expected
+    assert token_budget.is_out_of_memory(error) is expected
 
 
 def test_the_allocator_of_the_cpu_is_understood():
     with pytest.raises(RuntimeError) as caught:
         allocate_too_much()
-    assert micro_batch.is_out_of_memory(caught.value)
+    assert token_budget.is_out_of_memory(caught.value)
 
 
 def test_the_message_names_where_and_the_setting_to_lower():
     cause = torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB.")
-    error = micro_batch.OutOfMemory("training", cause, step=7, tokens={"actor": 8192, "ref": 4096})
+    error = token_budget.OutOfMemory("training", cause, step=7, tokens={"actor": 8192, "ref": 4096})
     assert str(error) == (
         "training, step 7, with 8,192 tokens a micro-batch (OutOfMemoryError: CUDA out of memory. Tried to"
         " allocate 2.00 GiB.); lower actor.mb_spec.max_tokens_per_mb = 8192"
     )
     assert error.facts == {"section": "actor", "step": 7}
-    error = micro_batch.OutOfMemory("reference pass", cause, tokens={"actor": 8192, "ref": 4096})
+    error = token_budget.OutOfMemory("reference pass", cause, tokens={"actor": 8192, "ref": 4096})
     assert "lower ref.mb_spec.max_tokens_per_mb = 4096" in str(error)
-    error = micro_batch.OutOfMemory("load model", cause, tokens={})
+    error = token_budget.OutOfMemory("load model", cause, tokens={})
     assert error.facts["section"] is None
     assert "; use actor.dtype=bfloat16, more ranks" in str(error)
 
