@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from dpo_kit import config as config_module
-from dpo_kit.model import builtin, costs, model_folder
+from dpo_kit.model import builtin, costs
+from dpo_kit.model.model_folder import TINY
 from dpo_kit.preferences import Pair, PairStore, arrays_of, open_store, write_store
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -112,7 +113,7 @@ def _write_random(folder: Path, shape: dict[str, Any], layers: int) -> None:
         index |= dict.fromkeys(tensors, file)
     index_text = json.dumps({"metadata": {}, "weight_map": index})
     (folder / "model.safetensors.index.json").write_text(index_text)
-    builtin.load_tokenizer(model_folder.TINY).save_pretrained(folder)
+    builtin.load_tokenizer(TINY).save_pretrained(folder)
     config.dtype = "bfloat16"
     config.save_pretrained(folder)  # last: its presence says that the folder is whole
 

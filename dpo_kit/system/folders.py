@@ -8,7 +8,7 @@ A rename makes a folder and a rename unmakes it, so that a process killed at any
 left, `sweep` clears away. A sealed folder (a checkpoint) also holds COMMIT.json, which names every other file with its
 size and sha256 and whose last line is the sha256 of the lines before: flipped bits, cut and missing files are found.
 
-Not here: which folders are checkpoints and how many stay (records/checkpoint_folders), what is in one (engine/checkpoint).
+Not here: which folders are checkpoints, how many stay (records/checkpoint_folders), what is in one (engine/checkpoint).
 """
 
 from __future__ import annotations
