@@ -13,7 +13,7 @@ import pytest
 
 from dpo_kit import config as config_module
 from dpo_kit import dataset, preferences
-from dpo_kit.dataset import pairing
+from dpo_kit.dataset import builder, pairing
 from dpo_kit.errors import DataError
 from dpo_kit.model import builtin, model_folder
 from dpo_kit.preferences import longest_common_prefix
@@ -433,7 +433,7 @@ def test_reused_when_nothing_changed_and_keyed_by_what_does(tmp_path, configure,
     path = write_rows(tmp_path / "a.jsonl", rows)
     first = dataset.build(configure(path))
     calls = []
-    monkeypatch.setattr(pairing, "collect", lambda *args: calls.append(args))
+    monkeypatch.setattr(builder, "collect", lambda *args: calls.append(args))
     again = dataset.build(configure(path, batch_size=2, shuffle=False))
     assert (again.path, again.fingerprint, calls) == (first.path, first.fingerprint, [])
     shutil.copy(path, tmp_path / "moved.jsonl")

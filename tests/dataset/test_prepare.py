@@ -15,7 +15,7 @@ from dpo_kit.dataset import builder, prepare, tokens
 from dpo_kit.errors import ConfigError
 from dpo_kit.model import builtin, model_folder, pair_model
 from dpo_kit.preferences import open_store
-from dpo_kit.records import facts, findings, resuming, run_folder, status
+from dpo_kit.records import findings, resuming, run_folder, status
 from dpo_kit.records.facts import Point
 from dpo_kit.records.findings import Finding
 from dpo_kit.system.files import read_json
@@ -229,12 +229,12 @@ def test_what_ranks_found_stays_while_the_run_goes_on_from_their_steps(make_run,
         Finding("look", "dropped", "of other data"),
     )
     findings.write(run_dir, [first, stale])
-    read = facts.read_facts
-    monkeypatch.setattr(facts, "read_facts", lambda *given: replace(read(*given), at=Point(2, {})))
+    read = prepare.read_facts
+    monkeypatch.setattr(prepare, "read_facts", lambda *given: replace(read(*given), at=Point(2, {})))
     monkeypatch.setattr(resuming, "refusal", lambda *_: "")
     assert prepare.main(run_dir) == 0
     assert findings.read(run_dir) == [first]
-    monkeypatch.setattr(facts, "read_facts", read)
+    monkeypatch.setattr(prepare, "read_facts", read)
     assert prepare.main(run_dir) == 0
     assert findings.read(run_dir) == []
 
