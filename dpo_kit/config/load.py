@@ -29,7 +29,7 @@ from dpo_kit.config.values import show
 from dpo_kit.errors import ConfigError
 
 
-def load(path: str | Path, overrides: Iterable[str] = (), *, root: str | Path | None = None) -> Config:
+def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """Read a params file.
 
     Keys of the seed's system that mean nothing here are listed in one `UserWarning`.
@@ -37,26 +37,17 @@ def load(path: str | Path, overrides: Iterable[str] = (), *, root: str | Path | 
     Args:
         path: absolute, or relative to the project root or else to the working directory.
         overrides: dotted assignments, `actor.beta=0.2`; later ones win.
-        root: the project root, found from the working directory by default.
 
     Raises:
         ConfigError: with every problem of the file and the overrides at once.
     """
-    root = Path(root) if root is not None else project_root()
+    root = project_root()
     problems: list[str] = []
     tree = plain_tree(read_params(path, root), f"config {str(path)!r}", problems)
-    config, ignored = configure(tree, overrides, root, problems)
-    warn_ignored(ignored)
-    return config
+    return configure(tree, overrides, root, problems)
 
 
-def from_tree(
-    tree: Mapping[str, Any],
-    overrides: Iterable[str] = (),
-    source: str = "configuration",
-    *,
-    root: str | Path | None = None,
-) -> Config:
+def from_tree(tree: Mapping[str, Any], overrides: Iterable[str] = (), *, root: Path | None = None) -> Config:
     """Build a configuration from the keys of a params file.
 
     An empty top-level value (`scalars.is_empty`) is the same as a key left out, because a notebook parameter
@@ -66,23 +57,19 @@ def from_tree(
         tree: the keys as YAML or papermill read them, or `to_tree(config)`. Not changed.
         overrides: dotted assignments. In `to_tree(config)` nothing refers to anything any more: a new
             `actor.path` there leaves `ref.path` as it is.
-        source: where the tree is from, for messages.
-        root: the project root.
+        root: the project root, found from the working directory by default.
 
     Raises:
         ConfigError: with every problem at once.
     """
-    root = Path(root) if root is not None else project_root()
     problems: list[str] = []
-    config, ignored = configure(plain_tree(tree, source, problems), overrides, root, problems)
-    warn_ignored(ignored)
-    return config
+    plain = plain_tree(tree, "configuration", problems)
+    return configure(plain, overrides, root or project_root(), problems)
 
 
-def configure(
-    tree: dict[str, Any], overrides: Iterable[str], root: Path, problems: list[str]
-) -> tuple[Config, list[str]]:
-    """The configuration that a plain tree and overrides mean, and the keys that were ignored.
+def configure(tree: dict[str, Any], overrides: Iterable[str], root: Path, problems: list[str]) -> Config:
+    """The configuration that a plain tree and overrides mean; one warning, for the caller's caller, names what
+    was ignored.
 
     Args:
         tree: from `tree.plain_tree`; changed in place.
@@ -104,14 +91,10 @@ def configure(
         problems += _resolve_paths(config, root)
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
-    return config, walk.ignored
-
-
-def warn_ignored(ignored: list[str]) -> None:
-    """One line naming every ignored key, attributed to the caller of the caller."""
-    if ignored:
-        names = ", ".join(dict.fromkeys(ignored))
+    if walk.ignored:
+        names = ", ".join(dict.fromkeys(walk.ignored))
         warnings.warn(f"ignored: {names} (keys of the seed's system without a meaning here)", stacklevel=3)
+    return config
 
 
 def read_params(path: str | Path, root: Path) -> dict[str, Any]:

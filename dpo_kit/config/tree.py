@@ -117,11 +117,11 @@ def check_tree(given: dict[str, Any]) -> Walk:
     for name, problem in no_sections.items():
         walk.wrong(name, problem)
     for name, problem in walk.resolved.problems.items():
-        if schema.is_foreign(name):
-            walk.ignored.append(schema.is_foreign(name) or name)
-            continue
-        walk.bad.add(name)
-        walk.problems += [problem] if problem else []
+        if foreign := schema.is_foreign(name):
+            walk.ignored.append(foreign)
+        else:
+            walk.bad.add(name)
+            walk.problems += [problem] if problem else []
     walk.tree = _check_section(Config, walk.resolved.tree, "", walk)
     return walk
 
