@@ -160,9 +160,7 @@ def _conversation_texts(values: Mapping[str, Any], encoder: Encoder, chat: Chat)
             opening = adopt(encoder, render(encoder.tokenizer, guarded[2], for_answer))
             opening += chat.header if for_answer else ""
             prompt_chars = common_chars(opening, chosen_text)
-        except (
-            Exception
-        ):  # some templates refuse a conversation of this shape when it is cut here: then the LCP
+        except Exception:  # some templates refuse such a conversation when it is cut here: then the LCP
             prompt_chars = None
     return Texts(
         chosen=chosen_text,

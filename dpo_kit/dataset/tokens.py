@@ -278,24 +278,12 @@ def _renamed_copy(description: dict[str, Any], names: dict[str, str]) -> Tokeniz
         if name not in known:
             added.append({**_PLAIN_ADDED, "id": _id_in(model["vocab"], name), "content": name})
     added.sort(key=lambda token: token["id"])
-    copy = {
-        **description,
-        "model": model,
-        "added_tokens": added,
-        "post_processor": None,
-        "truncation": None,
-        "padding": None,
-    }
+    left_out = dict.fromkeys(("post_processor", "truncation", "padding"))
+    copy = {**description, "model": model, "added_tokens": added, **left_out}
     return Tokenizer.from_str(json.dumps(copy))
 
 
-_PLAIN_ADDED = {
-    "single_word": False,
-    "lstrip": False,
-    "rstrip": False,
-    "normalized": False,
-    "special": True,
-}
+_PLAIN_ADDED = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
 
 
 def _id_in(vocab: Any, token: str) -> int:

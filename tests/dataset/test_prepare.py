@@ -229,12 +229,12 @@ def test_what_ranks_found_stays_while_the_run_goes_on_from_their_steps(make_run,
         Finding("look", "dropped", "of other data"),
     )
     findings.write(run_dir, [first, stale])
-    read = facts.read_facts
-    monkeypatch.setattr(facts, "read_facts", lambda *given: replace(read(*given), at=Point(2, {})))
+    read = prepare.read_facts
+    monkeypatch.setattr(prepare, "read_facts", lambda *given: replace(read(*given), at=Point(2, {})))
     monkeypatch.setattr(resuming, "refusal", lambda *_: "")
     assert prepare.main(run_dir) == 0
     assert findings.read(run_dir) == [first]
-    monkeypatch.setattr(facts, "read_facts", read)
+    monkeypatch.setattr(prepare, "read_facts", read)
     assert prepare.main(run_dir) == 0
     assert findings.read(run_dir) == []
 
