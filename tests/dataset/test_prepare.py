@@ -15,7 +15,7 @@ from dpo_kit.dataset import builder, prepare, tokens
 from dpo_kit.errors import ConfigError
 from dpo_kit.model import builtin, model_folder, pair_model
 from dpo_kit.preferences import open_store
-from dpo_kit.records import facts, findings, resuming, run_folder, status
+from dpo_kit.records import findings, resuming, run_folder, status
 from dpo_kit.records.facts import Point
 from dpo_kit.records.findings import Finding
 from dpo_kit.system.files import read_json
