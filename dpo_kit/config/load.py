@@ -103,33 +103,28 @@ def read_params(path: str | Path, root: Path) -> dict[str, Any]:
     Raises:
         ConfigError: no such file, not UTF-8, not YAML, a key given twice, or no mapping.
     """
-    found = find_path("config", path, root)
+    named, found = f"config {str(path)!r}", find_path("config", path, root)
     if found is None:
         places = dict.fromkeys([resolve_path(path, root), resolve_path(path, Path.cwd())])
-        raise ConfigError(
-            [f"config {str(path)!r} does not exist; looked for {' and '.join(map(str, places))}"]
-        )
+        raise ConfigError([f"{named} does not exist; looked for {' and '.join(map(str, places))}"])
     if found.is_dir():
-        raise ConfigError([f"config {str(path)!r} is a folder; name the YAML file in it"])
+        raise ConfigError([f"{named} is a folder; name the YAML file in it"])
     try:
         data = found.read_bytes()
         tree = parse_yaml(data.decode("utf-8-sig"))
     except OSError as error:
-        raise ConfigError([f"config {str(path)!r} cannot be read: {error.strerror or error}"]) from None
+        raise ConfigError([f"{named} cannot be read: {error.strerror or error}"]) from None
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
+        line, byte = data.count(b"\n", 0, error.start) + 1, data[error.start]
         raise ConfigError(
-            [
-                f"config {str(path)!r}, line {line}: byte {data[error.start]:#04x} is not UTF-8; save "
-                "it as UTF-8"
-            ]
+            [f"{named}, line {line}: byte {byte:#04x} is not UTF-8; save it as UTF-8"]
         ) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError([f"config {str(path)!r}{_yaml_problem(error)}"]) from None
+        raise ConfigError([f"{named}{_yaml_problem(error)}"]) from None
     if tree is None:
-        raise ConfigError([f"config {str(path)!r} is empty; see params/demo.yaml for a complete one"])
+        raise ConfigError([f"{named} is empty; see params/demo.yaml for a complete one"])
     if not isinstance(tree, dict):
-        raise ConfigError([f"config {str(path)!r} holds {show(tree)}, not `key: value` lines"])
+        raise ConfigError([f"{named} holds {show(tree)}, not `key: value` lines"])
     return tree
 
 
@@ -285,17 +280,14 @@ def set_dotted(tree: dict[str, Any], name: str, value: Any) -> None:
     *sections, leaf = name.split(".")
     node = tree
     for i, part in enumerate(sections):
-        inner = node.get(part)
+        inner, here = node.get(part), ".".join(sections[: i + 1])
         if isinstance(inner, str) and "${" in inner:
-            here = ".".join(sections[: i + 1])
             raise ValueError(
                 f"{name} cannot be set because {here} is the reference {inner}; spell {here} out, or change "
                 "what it refers to"
             )
         if inner is not None and not isinstance(inner, dict):
-            raise ValueError(
-                f"{'.'.join(sections[: i + 1])} = {show(inner)} is not a section; give keys and values"
-            )
+            raise ValueError(f"{here} = {show(inner)} is not a section; give keys and values")
         if inner is None:
             inner = node[part] = {}
         node = inner

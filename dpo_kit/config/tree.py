@@ -110,8 +110,11 @@ def check_tree(given: dict[str, Any]) -> Walk:
     """
     missing = [name for name in schema.REQUIRED_SECTIONS if is_empty(given.get(name))]
     given = {key: value for key, value in given.items() if key not in missing}
+    defaults = dataclasses.asdict(Config())
+    if isinstance(given.get("valid_dataset"), dict):
+        defaults["valid_dataset"] = dataclasses.asdict(schema.ValidDatasetConfig())
     no_sections: dict[str, str] = {}
-    walk = Walk(resolve(_over(_defaults(given), given, "", no_sections)))
+    walk = Walk(resolve(_over(defaults, given, "", no_sections)))
     for name in missing:
         walk.wrong(name, f"{name} is missing; {schema.REQUIRED_SECTIONS[name]}")
     for name, problem in no_sections.items():
@@ -124,13 +127,6 @@ def check_tree(given: dict[str, Any]) -> Walk:
             walk.problems += [problem] if problem else []
     walk.tree = _check_section(Config, walk.resolved.tree, "", walk)
     return walk
-
-
-def _defaults(given: dict[str, Any]) -> dict[str, Any]:
-    defaults = dataclasses.asdict(Config())
-    if isinstance(given.get("valid_dataset"), dict):
-        defaults["valid_dataset"] = dataclasses.asdict(schema.ValidDatasetConfig())
-    return defaults
 
 
 def _over(
