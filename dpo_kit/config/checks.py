@@ -262,9 +262,8 @@ def parse_backend(text: str) -> Backend:
         if letter in found:
             raise ConfigError([f"backend {text!r}: {letter} is given twice; {form}"])
         if number != str(int(number)):
-            raise ConfigError(
-                [f"backend {text!r}: {letter} = {number} has a leading zero; write {letter}{int(number)}"]
-            )
+            plain = f"{letter}{int(number)}"
+            raise ConfigError([f"backend {text!r}: {letter} = {number} has a leading zero; write {plain}"])
         if int(number) < 1:
             raise ConfigError([f"backend {text!r}: {letter} = {number} leaves no rank; {form}"])
         found[letter] = int(number)

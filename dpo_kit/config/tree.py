@@ -200,9 +200,8 @@ def _ignore(name: str, value: Any, walk: Walk) -> None:
     fixed = schema.FOREIGN_FIXED.get(name)
     given = parse_scalar(value) if isinstance(value, str) else value
     if fixed and not is_null(given) and given is not fixed[0]:
-        walk.wrong(
-            name, f"{name} = {show(value)} is not possible: {fixed[1]}; use {show(fixed[0])} or leave it out"
-        )
+        remedy = f"use {show(fixed[0])} or leave it out"
+        walk.wrong(name, f"{name} = {show(value)} is not possible: {fixed[1]}; {remedy}")
     elif _not_finite(value):
         walk.wrong(name, f"{name} = {show(value)} holds a number that is not finite")
     else:

@@ -288,10 +288,8 @@ def _bad_rows(source: Source, tally: _Tally, section: str) -> DataError:
     told = f"{first}; then {'; '.join(others)}" if others else first
     remedy = f"; {utf8_remedy(source)}" if tally.not_utf8 and source.path else ""
     if tally.num_bad == tally.rows:
-        all_bad = (
-            f": all {tally.num_bad} rows are bad, so it is the file that needs mending;" if others else ""
-        )
-        return DataError(f"{source.label}{all_bad} {told}{remedy}")
+        all_bad = f": all {tally.num_bad} rows are bad, so it is the file that needs mending;"
+        return DataError(f"{source.label}{all_bad if others else ''} {told}{remedy}")
     head = f"{tally.num_bad} bad rows; first: " if others else ""
     bad = "the bad rows" if others else "the row"
     way = f"{', or' if remedy else f'; mend {bad}, or'} leave {bad} out with {section}.bad_rows=quarantine"

@@ -173,9 +173,8 @@ def read_csv(path: Path, label: str) -> Iterator[Row]:
             where = f"line {first_line}"
             if len(cells) != len(header):
                 remedy = _QUOTE_CELLS if len(cells) > len(header) else "add the cells that are missing"
-                yield Row(
-                    index, where, None, f"has {len(cells)} columns, the header has {len(header)}; {remedy}"
-                )
+                problem = f"has {len(cells)} columns, the header has {len(header)}; {remedy}"
+                yield Row(index, where, None, problem)
             else:
                 yield Row(index, where, dict(zip(header, cells, strict=True)))
             index += 1
@@ -235,9 +234,8 @@ def _row_of_line(reader: _ObjectReader, text: str, index: int, where: str) -> Ro
     try:
         value, end, problem = reader.read(text, 0)
     except json.JSONDecodeError as error:
-        return Row(
-            index, where, None, f"is not JSON ({error.msg} at character {error.pos + 1}); repair or remove it"
-        )
+        problem = f"is not JSON ({error.msg} at character {error.pos + 1}); repair or remove it"
+        return Row(index, where, None, problem)
     except (ValueError, RecursionError) as error:
         return Row(index, where, None, f"is not JSON that can be read ({str(error).splitlines()[0]})")
     if end != len(text):

@@ -84,9 +84,8 @@ def make_encoder(tokenizer: PreTrainedTokenizerBase, label: str, turn_end: str |
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise DataError(
-            f"tokenizer {label}: is no fast tokenizer (tokenizer.json); convert or choose another"
-        )
+        told = "is no fast tokenizer (tokenizer.json); convert or choose another"
+        raise DataError(f"tokenizer {label}: {told}")
     if tokenizer.eos_token_id is None:
         raise DataError(f"tokenizer {label}: has no EOS token; set eos_token in its tokenizer_config.json")
     description = json.loads(backend.to_str())
@@ -299,9 +298,8 @@ def _max_token_chars(description: dict[str, Any]) -> int | None:
     byte_level = "ByteLevel" in json.dumps(description["pre_tokenizer"])
     if model.get("type") != "BPE" or not (byte_level or model.get("byte_fallback")):
         return None
-    if any(
-        kind in normalizer for kind in ('"Strip', '"Regex"', '"BertNormalizer"', '"Precompiled"', '"Nmt"')
-    ):
+    deleting = ('"Strip', '"Regex"', '"BertNormalizer"', '"Precompiled"', '"Nmt"')
+    if any(kind in normalizer for kind in deleting):
         return None
     composed = 4 if '"NFC"' in normalizer or '"NFKC"' in normalizer else 1  # at most 4 code points become one
     added = [token["content"] for token in description["added_tokens"]]

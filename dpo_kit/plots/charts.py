@@ -181,9 +181,8 @@ def _finish(figure: go.Figure, height: int, legend_rows: int = 1) -> None:
 
 def _tick(last: int) -> int:
     """Steps between two ticks, 1, 2 or 5 times a power of ten: Plotly by itself sets ticks between two steps."""
-    return next(
-        t for power in range(20) for t in (10**power, 2 * 10**power, 5 * 10**power) if last <= t * _MOST_TICKS
-    )
+    steps = (factor * 10**power for power in range(20) for factor in (1, 2, 5))
+    return next(step for step in steps if last <= step * _MOST_TICKS)
 
 
 def _named(runs: Any) -> list[tuple[str, Records]]:
