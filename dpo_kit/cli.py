@@ -14,7 +14,7 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -107,14 +107,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name: str, run: Any, text: str, *, config: bool = True) -> argparse.ArgumentParser:
+    def add(name: str, run: Any, text: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         command.set_defaults(run=run)
-        if config:
-            command.add_argument("--config", required=True, metavar="FILE", help="a params file (YAML)")
-            command.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. actor.beta=0.2")
-        else:
-            command.add_argument("--fileroot", metavar="DIR", help="where the runs are (default: runs/)")
+        command.add_argument("--config", required=True, metavar="FILE", help="a params file (YAML)")
+        command.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. actor.beta=0.2")
         return command
 
     train = add("train", _train, "train in the foreground; the last line is the run folder")
@@ -129,14 +126,13 @@ def _parser() -> argparse.ArgumentParser:
     estimate = add("estimate", _estimate, told)
     estimate.add_argument("--json", action="store_true", help="the numbers as JSON: bytes, seconds, tokens")
     estimate.add_argument("--no-probe", action="store_true", help="no times: nothing is run")
-    told = "what is wrong with a run before it starts, one line a check"
-    add("doctor", _doctor, told)
-    sample = add("sample", _sample, "answers of reference and policy, side by side", config=False)
+    add("doctor", _doctor, "what is wrong with a run before it starts, one line a check")
+    sample = _add_with_runs(commands, "sample", _sample, "answers of reference and policy, side by side")
     sample.add_argument("target", metavar="RUN")
     asked = sample.add_mutually_exclusive_group(required=True)
     asked.add_argument("--prompt", metavar="TEXT")
     asked.add_argument("--prompts", metavar="FILE", help="one prompt a line")
-    export = add("export", _export, "copy a run's model to a Hugging Face folder", config=False)
+    export = _add_with_runs(commands, "export", _export, "copy a run's model to a Hugging Face folder")
     export.add_argument("target", metavar="RUN")
     export.add_argument("-o", "--out", required=True, metavar="DIR")
     _add_runs(commands)
@@ -144,17 +140,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_with_runs(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
+    """A command or verb on runs that are there."""
+    command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+    command.set_defaults(run=run)
+    command.add_argument("--fileroot", metavar="DIR", help="where the runs are (default: runs/)")
+    return command
+
+
 def _group(
     commands: Any, name: str, text: str, verbs: Sequence[tuple[str, Any, str]]
-) -> Iterator[tuple[str, argparse.ArgumentParser]]:
-    """A command with verbs, each (name, what runs, about); yields every verb's parser for its own options."""
+) -> dict[str, argparse.ArgumentParser]:
+    """A command with verbs, each (name, what runs, about); every verb's parser, for its own options."""
     group = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
     made = group.add_subparsers(required=True, metavar="VERB")
-    for word, run, about in verbs:
-        verb = made.add_parser(word, help=about, description=about, allow_abbrev=False)
-        verb.set_defaults(run=run)
-        verb.add_argument("--fileroot", metavar="DIR", help="where the runs are (default: runs/)")
-        yield word, verb
+    return {word: _add_with_runs(made, word, run, about) for word, run, about in verbs}
 
 
 def _add_runs(commands: Any) -> None:
@@ -168,25 +168,20 @@ def _add_runs(commands: Any) -> None:
         ("prune", _runs_prune, "remove checkpoints of ended runs"),
         ("rm", _runs_rm, "remove a run's folder"),
     )
-    for name, verb in _group(commands, "runs", text, verbs):
-        if name != "list":
-            nargs = "?" if name == "prune" else None
-            verb.add_argument(
-                "target", metavar="RUN", nargs=nargs, help="a folder, experiment/trial, or a trial's name"
-            )
-        if name == "resume":  # none is taken: the refusal says which command takes them
-            verb.add_argument("overrides", nargs="*", help=argparse.SUPPRESS)
-        if name == "fork":
-            verb.add_argument(
-                "--step", type=_count, metavar="N", help="of a checkpoint (default: the last one)"
-            )
-            verb.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. actor.beta=0.3")
-        if name == "prune":
-            verb.add_argument(
-                "--keep", type=_count, default=1, metavar="N", help="newest ones that stay of each run"
-            )
-        if name in ("prune", "rm"):
-            verb.add_argument("--yes", action="store_true", help="do not ask")
+    made = _group(commands, "runs", text, verbs)
+    about = "a folder, experiment/trial, or a trial's name"
+    for name in ("show", "stop", "resume", "fork", "rm"):
+        made[name].add_argument("target", metavar="RUN", help=about)
+    # None is taken: the refusal says which command takes them.
+    made["resume"].add_argument("overrides", nargs="*", help=argparse.SUPPRESS)
+    fork, prune = made["fork"], made["prune"]
+    fork.add_argument("--step", type=_count, metavar="N", help="of a checkpoint (default: the last one)")
+    fork.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. actor.beta=0.3")
+    prune.add_argument("target", metavar="RUN", nargs="?", help=about)
+    about = "newest ones that stay of each run"
+    prune.add_argument("--keep", type=_count, default=1, metavar="N", help=about)
+    for name in ("prune", "rm"):
+        made[name].add_argument("--yes", action="store_true", help="do not ask")
 
 
 def _add_cache(commands: Any) -> None:
@@ -195,10 +190,9 @@ def _add_cache(commands: Any) -> None:
         ("list", _cache_list, "what is there, with sizes, oldest first"),
         ("rm", _cache_rm, "remove some, or all; they are made again when a run needs them"),
     )
-    for name, verb in _group(commands, "cache", text, verbs):
-        if name == "rm":
-            verb.add_argument("names", nargs="*", metavar="NAME", help="from `cache list`; all when left out")
-            verb.add_argument("--yes", action="store_true", help="do not ask")
+    rm = _group(commands, "cache", text, verbs)["rm"]
+    rm.add_argument("names", nargs="*", metavar="NAME", help="from `cache list`; all when left out")
+    rm.add_argument("--yes", action="store_true", help="do not ask")
 
 
 def _load(arguments: argparse.Namespace) -> Config:
@@ -212,8 +206,7 @@ def _find(arguments: argparse.Namespace) -> Any:
 
 
 def _fileroot(arguments: argparse.Namespace) -> Path:
-    root = config_module.project_root()
-    return Path(config_module.resolve_path(arguments.fileroot or "runs", root))
+    return config_module.resolve_path(arguments.fileroot or "runs", config_module.project_root())
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -222,9 +215,8 @@ def _train(arguments: argparse.Namespace) -> int:
     config = _load(arguments)
     if not arguments.detach:
         return launch.run_in_foreground(config, arguments.config)
-    run = launch.start(config, detached=True)
-    print(run.dir)
-    return 0
+    print(launch.start(config, detached=True).dir)
+    return ExitStatus.DONE
 
 
 def _sweep(arguments: argparse.Namespace) -> None:
@@ -309,11 +301,8 @@ def _counter(unit: str) -> Callable[..., None]:
             return
         shown_at = now
         text = f"{phase}: {done}" + (f" of {total}" if total else "") + f" {unit}"
-        print(
-            f"\r{text}\x1b[K" if is_drawn else text,
-            end="\n" if is_last or not is_drawn else "",
-            file=sys.stderr,
-        )
+        end = "\n" if is_last or not is_drawn else ""
+        print(f"\r{text}\x1b[K" if is_drawn else text, end=end, file=sys.stderr)
 
     return tell
 
@@ -393,11 +382,10 @@ def _runs_prune(arguments: argparse.Namespace) -> int:
     from dpo_kit.records import run_folder
     from dpo_kit.tools import cleanup
 
-    picked = (
-        [_find(arguments)]
-        if arguments.target
-        else [runs.Run(folder) for folder in run_folder.list_runs(_fileroot(arguments))]
-    )
+    if arguments.target:
+        picked = [_find(arguments)]
+    else:
+        picked = [runs.Run(folder) for folder in run_folder.list_runs(_fileroot(arguments))]
     items = cleanup.spare_checkpoints(picked, arguments.keep)
     return ExitStatus.DONE if cleanup.remove(items, yes=arguments.yes) else ExitStatus.FAILED
 

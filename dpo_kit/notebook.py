@@ -107,7 +107,8 @@ def begin(namespace: Mapping[str, Any], *, extra: Collection[str] = ()) -> Confi
     print(f"runs go to:   {settings.cluster.fileroot}")
     for line in provenance:
         print(line)
-    print(_live_lines(Path(settings.cluster.fileroot)), flush=True)
+    live = [f"  {_live_line(run)}" for run in launch.live(Path(settings.cluster.fileroot))]
+    print("\n".join(["live runs:", *live]) if live else "live runs:    none", flush=True)
     return settings
 
 
@@ -152,19 +153,13 @@ def _assigned(source: str) -> list[str]:
     return [t.id for t in targets if isinstance(t, ast.Name)]
 
 
-def _live_lines(fileroot: Path) -> str:
-    lines = [f"  {_live_line(run)}" for run in launch.live(fileroot)]
-    return "\n".join(["live runs:", *lines]) if lines else "live runs:    none"
-
-
 def _live_line(run: Run) -> str:
     status = run.status
     age = _duration(time.time() - float(status.get("created_at") or time.time()))
     step, total = status.get("step") or 0, status.get("total_steps")
     where = f"step {step}" + (f" of {total}" if total else "")
-    return (
-        f"{run.name}: {where}, started {age} ago; stop it with: dpo-kit runs stop {shlex.quote(str(run.dir))}"
-    )
+    stop = f"dpo-kit runs stop {shlex.quote(str(run.dir))}"
+    return f"{run.name}: {where}, started {age} ago; stop it with: {stop}"
 
 
 def _duration(seconds: float) -> str:
@@ -189,9 +184,7 @@ def _build(settings: Config, split: str) -> PairStore:
     with warnings.catch_warnings(record=True) as caught, _heartbeat(f"{split} pairs") as say:
         warnings.simplefilter("always")
         builtin.ensure(settings.tokenizer_path or settings.actor.path, progress=say)
-        store = dataset.build(
-            settings, split, progress=lambda done, total: say(f"{done} of {total or '?'} rows")
-        )
+        store = dataset.build(settings, split, lambda done, total: say(f"{done} of {total or '?'} rows"))
     for warning in caught:
         if issubclass(warning.category, UserWarning):
             print(f"warning: {warning.message}", flush=True)
@@ -209,16 +202,16 @@ def data_report(train: PairStore, held_out: PairStore | None = None) -> Html:
 @contextlib.contextmanager
 def _heartbeat(title: str, every_s: float = 3.0) -> Iterator[Callable[[str], None]]:
     """While the body runs, prints a line now and then: what was said last, and for how long it has taken."""
-    over, said, begun = threading.Event(), [""], time.monotonic()
+    over, said, begun = threading.Event(), ["working"], time.monotonic()
 
     def beat() -> None:
         while not over.wait(every_s):
-            print(f"{title}: {said[0] or 'working'}, {time.monotonic() - begun:.0f} s", flush=True)
+            print(f"{title}: {said[-1]}, {time.monotonic() - begun:.0f} s", flush=True)
 
     thread = threading.Thread(target=beat, name=title, daemon=True)
     thread.start()
     try:
-        yield lambda text: said.__setitem__(0, text)
+        yield said.append
     finally:
         over.set()
         thread.join()
@@ -228,14 +221,12 @@ def pairs(store: PairStore, count: int = 3, start: int = 0) -> Html:
     """Some pairs as text, the shared prefix (run once) set apart from what differs."""
     tokenizer = tables.tokenizer_of(store)
     shown = [_pair_card(store, i, tokenizer) for i in range(start, min(start + count, len(store)))]
-    legend = html.legend(
-        [
-            ("shared by both, run once", html.SHARED),
-            ("chosen", html.CHOSEN),
-            ("rejected", html.REJECTED),
-        ]
-    )
-    return html.stack(legend, *shown)
+    meanings = [
+        ("shared by both, run once", html.SHARED),
+        ("chosen", html.CHOSEN),
+        ("rejected", html.REJECTED),
+    ]
+    return html.stack(html.legend(meanings), *shown)
 
 
 def _pair_card(store: PairStore, i: int, tokenizer: Any) -> Html:

@@ -68,8 +68,7 @@ def axes(**lists: Any) -> dict[str, list[Any]]:
     Raises:
         ConfigError: a value of another type.
     """
-    unknown = set(lists) - set(SHORT_AXES)
-    assert not unknown, unknown
+    assert set(lists) <= set(SHORT_AXES), lists
     found = {}
     for name, (key, kind) in SHORT_AXES.items():
         values = configs.read_list(name, lists.get(name), kind)
@@ -111,11 +110,10 @@ def expand(base: Config | Callable[[list[str]], Config], axes: Axes) -> list[Tri
     """
     tree = configs.to_tree(base) if isinstance(base, Config) else {}
     make = base if callable(base) else lambda overrides: configs.from_tree(tree, overrides)
-    combinations = list(itertools.product(*axes.values()))
     trials: list[Trial] = []
     problems: list[str] = []
     family = ""
-    for values in combinations:
+    for values in itertools.product(*axes.values()):
         chosen = dict(zip(axes, values, strict=True))
         try:
             config = make([f"{key}={_text(value)}" for key, value in chosen.items()])
@@ -250,17 +248,18 @@ class Sweep:
 
 def results(trials: Sequence[Trial]) -> list[dict[str, Any]]:
     """What each run ended with: the last training step, the last evaluation, and the best one."""
-    return [_result(trial.label, trial.state, trial.records) for trial in trials]
+    return [_result(trial) for trial in trials]
 
 
-def _result(label: str, state: str, lines: list[dict[str, Any]]) -> dict[str, Any]:
+def _result(trial: Trial) -> dict[str, Any]:
+    lines = trial.records
     train, held_out = analysis.training_lines(lines), analysis.evaluation_lines(lines)
     last = held_out[-1] if held_out else {}
     scored = [e for e in held_out if e.get("dpo-eval/reward_accuracy") is not None]
     best = max(scored, key=lambda e: e["dpo-eval/reward_accuracy"], default={})
     return {
-        "run": label,
-        "state": state,
+        "run": trial.label,
+        "state": trial.state,
         "step": train[-1]["step"] if train else 0,
         "loss": train[-1]["dpo/loss"] if train else None,
         **{
@@ -274,18 +273,8 @@ def _result(label: str, state: str, lines: list[dict[str, Any]]) -> dict[str, An
 
 def table(trials: Sequence[Trial]) -> html.Html:
     """`results` as a table: one line a run."""
-    header = [
-        "run",
-        "state",
-        "step",
-        "loss",
-        "held-out loss",
-        "chosen",
-        "rejected",
-        "margin",
-        "accuracy",
-        "best at",
-    ]
+    header = ["run", "state", "step", "loss"]
+    header += ["held-out loss", "chosen", "rejected", "margin", "accuracy", "best at"]
     rows = [
         [
             r["run"],
@@ -311,9 +300,8 @@ def phases(trials: Sequence[Trial]) -> html.Html:
     rows = []
     for trial in trials:
         seconds = [p["seconds"] for p in trial.run.status.get("phases", [])] if trial.run else []
-        rows.append(
-            [trial.label, trial.state, f"{sum(seconds):.0f} s", str(trial.run.dir) if trial.run else "-"]
-        )
+        folder = str(trial.run.dir) if trial.run else "-"
+        rows.append([trial.label, trial.state, f"{sum(seconds):.0f} s", folder])
     return html.table(["run", "state", "time", "folder"], rows)
 
 

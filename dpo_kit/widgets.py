@@ -29,38 +29,30 @@ class SweepPanel:
     """Widgets over one `sweep.Sweep` at a time; `.sweep` is the last one started, or None."""
 
     def __init__(self, config: Config, *, betas: Any, loss_types: Any, lrs: Any, seeds: Any):
-        import ipywidgets
+        import ipywidgets as w
 
-        self._widgets = ipywidgets
         self.config = config
         self.sweep: sweep.Sweep | None = None
         self._fixed = {"lrs": lrs, "seeds": seeds}
         picked_betas = read_list("betas", betas, float) or [config.actor.beta]
         picked_losses = read_list("loss_types", loss_types, str) or [config.actor.loss_type]
-        self.betas = _choices(ipywidgets, sorted({*BETAS, *picked_betas}), picked_betas)
-        self.loss_types = _choices(
-            ipywidgets, list(dict.fromkeys([*LOSS_TYPES, *picked_losses])), picked_losses
-        )
-        self.start = ipywidgets.Button(description="Start", button_style="success", icon="play")
-        self.stop = ipywidgets.Button(description="Stop", button_style="danger", icon="stop", disabled=True)
-        self.message = ipywidgets.HTML()
-        self.results = ipywidgets.HTML()
-        self.chart = ipywidgets.VBox([])
+        self.betas = _choices(w, sorted({*BETAS, *picked_betas}), picked_betas)
+        self.loss_types = _choices(w, list(dict.fromkeys([*LOSS_TYPES, *picked_losses])), picked_losses)
+        self.start = w.Button(description="Start", button_style="success", icon="play")
+        self.stop = w.Button(description="Stop", button_style="danger", icon="stop", disabled=True)
+        self.message, self.results, self.chart = w.HTML(), w.HTML(), w.VBox([])
         self.start.on_click(lambda _: self._on_start())
         self.stop.on_click(lambda _: self._on_stop())
         for toggle in (*self.betas.children, *self.loss_types.children):
             toggle.observe(lambda _: self._say_plan(), names="value")
-        self.view = self._lay_out()
-        self._say_plan()
-
-    def _lay_out(self) -> Any:
-        w = self._widgets
+        narrow = w.Layout(width="6em")
         rows = [
-            w.HBox([w.Label("beta", layout=w.Layout(width="6em")), self.betas]),
-            w.HBox([w.Label("loss_type", layout=w.Layout(width="6em")), self.loss_types]),
+            w.HBox([w.Label("beta", layout=narrow), self.betas]),
+            w.HBox([w.Label("loss_type", layout=narrow), self.loss_types]),
             w.HBox([self.start, self.stop, self.message]),
         ]
-        return w.VBox([*rows, self.chart, self.results])
+        self.view = w.VBox([*rows, self.chart, self.results])
+        self._say_plan()
 
     @property
     def picked(self) -> dict[str, Any]:
@@ -195,4 +187,4 @@ def _progress(running: sweep.Sweep) -> str:
         said.append(f"{now.label}: {status.get('phase') or 'starting'}, step {status.get('step') or 0}")
     if running.stopping:
         said.append("stopped" if not running.is_running else "stopping")
-    return " · ".join([*said, *([errors] if errors else [])])
+    return " · ".join([*said, errors] if errors else said)

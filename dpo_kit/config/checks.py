@@ -92,11 +92,8 @@ def _secrets(config: Config, fine: Fine) -> Iterator[str]:
 
 def _loss(config: Config, fine: Fine) -> Iterator[str]:
     actor = config.actor
-    if (
-        fine("actor.loss_type", "actor.label_smoothing")
-        and actor.label_smoothing
-        and actor.loss_type not in SMOOTHED
-    ):
+    fits = not actor.label_smoothing or actor.loss_type in SMOOTHED
+    if fine("actor.loss_type", "actor.label_smoothing") and not fits:
         yield (
             f"actor.label_smoothing = {actor.label_smoothing} has no meaning for actor.loss_type = "
             f"{actor.loss_type!r}; use 0, or a loss_type of {' or '.join(SMOOTHED)}"
@@ -213,14 +210,11 @@ def _data(config: Config, fine: Fine) -> Iterator[str]:
 
 def _precision(config: Config, fine: Fine) -> Iterator[str]:
     gpus = config.cluster.n_gpus_per_node
+    if not fine("cluster.n_gpus_per_node") or gpus in ("auto", 0):
+        return
     for section in ("actor", "ref"):
         field = f"{section}.dtype"
-        if (
-            fine(field, "cluster.n_gpus_per_node")
-            and getattr(config, section).dtype == "float64"
-            and isinstance(gpus, int)
-            and gpus > 0
-        ):
+        if fine(field) and getattr(config, section).dtype == "float64":
             yield (
                 f"{field} = 'float64' runs on CPU ranks only and cluster.n_gpus_per_node = {gpus}; use "
                 "float32 or bfloat16, or cluster.n_gpus_per_node=0"
@@ -268,9 +262,8 @@ def parse_backend(text: str) -> Backend:
         if letter in found:
             raise ConfigError([f"backend {text!r}: {letter} is given twice; {form}"])
         if number != str(int(number)):
-            raise ConfigError(
-                [f"backend {text!r}: {letter} = {number} has a leading zero; write {letter}{int(number)}"]
-            )
+            plain = f"{letter}{int(number)}"
+            raise ConfigError([f"backend {text!r}: {letter} = {number} has a leading zero; write {plain}"])
         if int(number) < 1:
             raise ConfigError([f"backend {text!r}: {letter} = {number} leaves no rank; {form}"])
         found[letter] = int(number)

@@ -29,7 +29,7 @@ from dpo_kit.config.values import show
 from dpo_kit.errors import ConfigError
 
 
-def load(path: str | Path, overrides: Iterable[str] = (), *, root: str | Path | None = None) -> Config:
+def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """Read a params file.
 
     Keys of the seed's system that mean nothing here are listed in one `UserWarning`.
@@ -37,26 +37,17 @@ def load(path: str | Path, overrides: Iterable[str] = (), *, root: str | Path | 
     Args:
         path: absolute, or relative to the project root or else to the working directory.
         overrides: dotted assignments, `actor.beta=0.2`; later ones win.
-        root: the project root, found from the working directory by default.
 
     Raises:
         ConfigError: with every problem of the file and the overrides at once.
     """
-    root = Path(root) if root is not None else project_root()
+    root = project_root()
     problems: list[str] = []
     tree = plain_tree(read_params(path, root), f"config {str(path)!r}", problems)
-    config, ignored = configure(tree, overrides, root, problems)
-    warn_ignored(ignored)
-    return config
+    return configure(tree, overrides, root, problems)
 
 
-def from_tree(
-    tree: Mapping[str, Any],
-    overrides: Iterable[str] = (),
-    source: str = "configuration",
-    *,
-    root: str | Path | None = None,
-) -> Config:
+def from_tree(tree: Mapping[str, Any], overrides: Iterable[str] = (), *, root: Path | None = None) -> Config:
     """Build a configuration from the keys of a params file.
 
     An empty top-level value (`scalars.is_empty`) is the same as a key left out, because a notebook parameter
@@ -66,23 +57,19 @@ def from_tree(
         tree: the keys as YAML or papermill read them, or `to_tree(config)`. Not changed.
         overrides: dotted assignments. In `to_tree(config)` nothing refers to anything any more: a new
             `actor.path` there leaves `ref.path` as it is.
-        source: where the tree is from, for messages.
-        root: the project root.
+        root: the project root, found from the working directory by default.
 
     Raises:
         ConfigError: with every problem at once.
     """
-    root = Path(root) if root is not None else project_root()
     problems: list[str] = []
-    config, ignored = configure(plain_tree(tree, source, problems), overrides, root, problems)
-    warn_ignored(ignored)
-    return config
+    plain = plain_tree(tree, "configuration", problems)
+    return configure(plain, overrides, root or project_root(), problems)
 
 
-def configure(
-    tree: dict[str, Any], overrides: Iterable[str], root: Path, problems: list[str]
-) -> tuple[Config, list[str]]:
-    """The configuration that a plain tree and overrides mean, and the keys that were ignored.
+def configure(tree: dict[str, Any], overrides: Iterable[str], root: Path, problems: list[str]) -> Config:
+    """The configuration that a plain tree and overrides mean; one warning, for the caller's caller, names what
+    was ignored.
 
     Args:
         tree: from `tree.plain_tree`; changed in place.
@@ -104,14 +91,10 @@ def configure(
         problems += _resolve_paths(config, root)
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
-    return config, walk.ignored
-
-
-def warn_ignored(ignored: list[str]) -> None:
-    """One line naming every ignored key, attributed to the caller of the caller."""
-    if ignored:
-        names = ", ".join(dict.fromkeys(ignored))
+    if walk.ignored:
+        names = ", ".join(dict.fromkeys(walk.ignored))
         warnings.warn(f"ignored: {names} (keys of the seed's system without a meaning here)", stacklevel=3)
+    return config
 
 
 def read_params(path: str | Path, root: Path) -> dict[str, Any]:
@@ -120,33 +103,28 @@ def read_params(path: str | Path, root: Path) -> dict[str, Any]:
     Raises:
         ConfigError: no such file, not UTF-8, not YAML, a key given twice, or no mapping.
     """
-    found = find_path("config", path, root)
+    named, found = f"config {str(path)!r}", find_path("config", path, root)
     if found is None:
         places = dict.fromkeys([resolve_path(path, root), resolve_path(path, Path.cwd())])
-        raise ConfigError(
-            [f"config {str(path)!r} does not exist; looked for {' and '.join(map(str, places))}"]
-        )
+        raise ConfigError([f"{named} does not exist; looked for {' and '.join(map(str, places))}"])
     if found.is_dir():
-        raise ConfigError([f"config {str(path)!r} is a folder; name the YAML file in it"])
+        raise ConfigError([f"{named} is a folder; name the YAML file in it"])
     try:
         data = found.read_bytes()
         tree = parse_yaml(data.decode("utf-8-sig"))
     except OSError as error:
-        raise ConfigError([f"config {str(path)!r} cannot be read: {error.strerror or error}"]) from None
+        raise ConfigError([f"{named} cannot be read: {error.strerror or error}"]) from None
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
+        line, byte = data.count(b"\n", 0, error.start) + 1, data[error.start]
         raise ConfigError(
-            [
-                f"config {str(path)!r}, line {line}: byte {data[error.start]:#04x} is not UTF-8; save "
-                "it as UTF-8"
-            ]
+            [f"{named}, line {line}: byte {byte:#04x} is not UTF-8; save it as UTF-8"]
         ) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError([f"config {str(path)!r}{_yaml_problem(error)}"]) from None
+        raise ConfigError([f"{named}{_yaml_problem(error)}"]) from None
     if tree is None:
-        raise ConfigError([f"config {str(path)!r} is empty; see params/demo.yaml for a complete one"])
+        raise ConfigError([f"{named} is empty; see params/demo.yaml for a complete one"])
     if not isinstance(tree, dict):
-        raise ConfigError([f"config {str(path)!r} holds {show(tree)}, not `key: value` lines"])
+        raise ConfigError([f"{named} holds {show(tree)}, not `key: value` lines"])
     return tree
 
 
@@ -302,17 +280,14 @@ def set_dotted(tree: dict[str, Any], name: str, value: Any) -> None:
     *sections, leaf = name.split(".")
     node = tree
     for i, part in enumerate(sections):
-        inner = node.get(part)
+        inner, here = node.get(part), ".".join(sections[: i + 1])
         if isinstance(inner, str) and "${" in inner:
-            here = ".".join(sections[: i + 1])
             raise ValueError(
                 f"{name} cannot be set because {here} is the reference {inner}; spell {here} out, or change "
                 "what it refers to"
             )
         if inner is not None and not isinstance(inner, dict):
-            raise ValueError(
-                f"{'.'.join(sections[: i + 1])} = {show(inner)} is not a section; give keys and values"
-            )
+            raise ValueError(f"{here} = {show(inner)} is not a section; give keys and values")
         if inner is None:
             inner = node[part] = {}
         node = inner

@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any
 
 from dpo_kit.config import schema
 from dpo_kit.config.hints import known_key, nearest
-from dpo_kit.config.load import configure, parse_override, read_params, set_dotted, warn_ignored
+from dpo_kit.config.load import configure, parse_override, read_params, set_dotted
 from dpo_kit.config.paths import project_root
 from dpo_kit.config.scalars import is_empty, parse_scalar
 from dpo_kit.config.schema import Config
@@ -41,9 +40,7 @@ def parameter_names() -> list[str]:
     return list(dict.fromkeys(["config", *SHORT_NAMES, "overrides", *schema.section_fields(Config)]))
 
 
-def from_notebook(
-    parameters: Mapping[str, Any], *, extra: Collection[str] = (), root: str | Path | None = None
-) -> tuple[Config, list[str]]:
+def from_notebook(parameters: Mapping[str, Any], *, extra: Collection[str] = ()) -> tuple[Config, list[str]]:
     """The configuration that a notebook's parameters mean.
 
     What says nothing (`scalars.is_empty`) is as in the file. Where `actor` is given there is no file, and it is
@@ -52,7 +49,6 @@ def from_notebook(
     Args:
         parameters: names and values, as papermill injected or a person wrote them.
         extra: names that the notebook reads itself (`betas`, ...); allowed, and not looked at.
-        root: the project root, found from the working directory by default.
 
     Returns:
         the configuration, and one line for each place that keys came from.
@@ -61,13 +57,10 @@ def from_notebook(
         ConfigError: an unknown name (the nearest is named), `config` beside `actor`, or anything that is
             wrong with the configuration itself.
     """
-    root = Path(root) if root is not None else project_root()
+    root = project_root()
     problems = unknown_names(parameters, extra)
-    given = {
-        k: v
-        for k, v in parameters.items()
-        if not is_empty(v) and k in (*parameter_names(), *schema.FOREIGN[""])
-    }
+    known = (*parameter_names(), *schema.FOREIGN[""])
+    given = {k: v for k, v in parameters.items() if k in known and not is_empty(v)}
     if "actor" in given and "config" in given:
         problems.append(
             f"config = {show(given['config'])} and actor are both given, and actor makes the parameters the whole "
@@ -75,11 +68,8 @@ def from_notebook(
         )
     if problems:
         raise ConfigError(problems)
-    sections = plain_tree(
-        {k: v for k, v in given.items() if k not in (*SHORT_NAMES, "config", "overrides")},
-        "parameters",
-        problems,
-    )
+    keys = {k: v for k, v in given.items() if k not in (*SHORT_NAMES, "config", "overrides")}
+    sections = plain_tree(keys, "parameters", problems)
     origin: dict[str, str] = {}
     if "actor" in given:
         left_out = [name for name in schema.section_fields(Config) if name not in given]
@@ -95,25 +85,17 @@ def from_notebook(
     _assign(tree, [(name, value, "overrides") for name, value in assignments], origin, problems)
     short = [(dotted, given[name], name) for name, dotted in SHORT_NAMES.items() if name in given]
     _assign(tree, short, origin, problems)
-    config, ignored = _configure(tree, root, problems, whole="actor" in given)
-    warn_ignored(ignored)
-    return config, [f"configuration: {base}", *_provenance(config, origin)]
-
-
-def _configure(
-    tree: dict[str, Any], root: Path, problems: list[str], whole: bool
-) -> tuple[Config, list[str]]:
     try:
-        return configure(tree, (), root, problems)
+        config = configure(tree, (), root, problems)
     except ConfigError as error:
-        missing = [p for p in error.problems if " is missing; " in p]
-        if not whole or not missing:
+        if "actor" not in given or not any(" is missing; " in problem for problem in error.problems):
             raise
         remark = (
             "(actor is among the parameters, which makes them the whole configuration; to change single keys of "
             "a file use beta, lr, ... or overrides)"
         )
         raise ConfigError([*error.problems, remark]) from None
+    return config, [f"configuration: {base}", *_provenance(config, origin)]
 
 
 def unknown_names(parameters: Mapping[str, Any], extra: Collection[str] = ()) -> list[str]:

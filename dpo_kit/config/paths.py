@@ -57,12 +57,8 @@ def find_path(name: str, text: str | Path, root: str | Path) -> Path | None:
     if not found:
         return None
     if len(found) == 2 and not found[0].samefile(found[1]):
-        raise ConfigError(
-            [
-                f"{name} = {str(text)!r} is both {found[0]} and {found[1]}; give the absolute "
-                "path of the one meant"
-            ]
-        )
+        both = f"{found[0]} and {found[1]}"
+        raise ConfigError([f"{name} = {str(text)!r} is both {both}; give the absolute path of the one meant"])
     return Path(*found[0].parts) if ".." not in found[0].parts else found[0].resolve()
 
 

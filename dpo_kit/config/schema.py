@@ -173,9 +173,8 @@ class RecoverConfig:
     freq_secs: float | None = rule(None, gt=0)
     # Ours: verified checkpoints that stay; a run that ends done keeps none unless `all`.
     keep: int | str = rule(2, ge=1, words=("all",))
-    retries: int = rule(
-        3, ge=0
-    )  # ours: with mode auto, failures in a row without a new step before giving up
+    # Ours: with mode auto, failures in a row without a new step before giving up.
+    retries: int = rule(3, ge=0)
 
 
 @dataclass

@@ -110,27 +110,23 @@ def check_tree(given: dict[str, Any]) -> Walk:
     """
     missing = [name for name in schema.REQUIRED_SECTIONS if is_empty(given.get(name))]
     given = {key: value for key, value in given.items() if key not in missing}
+    defaults = dataclasses.asdict(Config())
+    if isinstance(given.get("valid_dataset"), dict):
+        defaults["valid_dataset"] = dataclasses.asdict(schema.ValidDatasetConfig())
     no_sections: dict[str, str] = {}
-    walk = Walk(resolve(_over(_defaults(given), given, "", no_sections)))
+    walk = Walk(resolve(_over(defaults, given, "", no_sections)))
     for name in missing:
         walk.wrong(name, f"{name} is missing; {schema.REQUIRED_SECTIONS[name]}")
     for name, problem in no_sections.items():
         walk.wrong(name, problem)
     for name, problem in walk.resolved.problems.items():
-        if schema.is_foreign(name):
-            walk.ignored.append(schema.is_foreign(name) or name)
-            continue
-        walk.bad.add(name)
-        walk.problems += [problem] if problem else []
+        if foreign := schema.is_foreign(name):
+            walk.ignored.append(foreign)
+        else:
+            walk.bad.add(name)
+            walk.problems += [problem] if problem else []
     walk.tree = _check_section(Config, walk.resolved.tree, "", walk)
     return walk
-
-
-def _defaults(given: dict[str, Any]) -> dict[str, Any]:
-    defaults = dataclasses.asdict(Config())
-    if isinstance(given.get("valid_dataset"), dict):
-        defaults["valid_dataset"] = dataclasses.asdict(schema.ValidDatasetConfig())
-    return defaults
 
 
 def _over(
@@ -204,9 +200,8 @@ def _ignore(name: str, value: Any, walk: Walk) -> None:
     fixed = schema.FOREIGN_FIXED.get(name)
     given = parse_scalar(value) if isinstance(value, str) else value
     if fixed and not is_null(given) and given is not fixed[0]:
-        walk.wrong(
-            name, f"{name} = {show(value)} is not possible: {fixed[1]}; use {show(fixed[0])} or leave it out"
-        )
+        remedy = f"use {show(fixed[0])} or leave it out"
+        walk.wrong(name, f"{name} = {show(value)} is not possible: {fixed[1]}; {remedy}")
     elif _not_finite(value):
         walk.wrong(name, f"{name} = {show(value)} holds a number that is not finite")
     else:

@@ -97,14 +97,14 @@ def _text(value: Any, rule: dict[str, Any], interpolated: bool) -> str:
         value = alias[key]
     if interpolated and isinstance(value, int | float) and not isinstance(value, bool):
         value = str(value)
-    if isinstance(value, str) and not value.strip():
-        raise BadValue(f"is empty; give {_allowed({str}, rule)}")
-    if isinstance(value, str) and not value.isprintable():
-        raise BadValue("has control characters; leave them out")
     if not isinstance(value, str):
         raise BadValue(
             f"is {_kind(value)}, not text; put it in quotes (an override, and papermill -r, take it as it is)"
         )
+    if not value.strip():
+        raise BadValue(f"is empty; give {_allowed({str}, rule)}")
+    if not value.isprintable():
+        raise BadValue("has control characters; leave them out")
     choices = rule.get("choices")
     if choices and value not in choices:
         why = f" ({rule['why']})" if "why" in rule else ""
@@ -113,13 +113,11 @@ def _text(value: Any, rule: dict[str, Any], interpolated: bool) -> str:
 
 
 def _number(number: Any, given: Any, kinds: set[type], rule: dict[str, Any]) -> Any:
-    if bool in kinds:
-        if isinstance(number, bool):
-            return number
-        raise BadValue(f"is {_kind(given)}; give {_allowed(kinds, rule)}")
     wrong = BadValue(f"is {_kind(given)}; give {_allowed(kinds, rule)}")
-    if isinstance(number, bool) or not isinstance(number, int | float):
+    if not isinstance(number, int | float) or isinstance(number, bool) != (bool in kinds):
         raise wrong
+    if bool in kinds:
+        return number
     if isinstance(number, float) and not math.isfinite(number):
         raise BadValue(f"is not a finite number; give {_allowed(kinds, rule)}")
     try:
@@ -184,10 +182,11 @@ def read_list(name: str, value: Any, kind: type) -> list:
     """
     if is_empty(value):
         return []
-    if isinstance(value, str) and (
-        "," in value or value.lstrip().startswith("[")
-    ):  # as in a grid of the command
-        value = parse_scalar(value if value.lstrip().startswith("[") else f"[{value}]")
+    if isinstance(value, str):
+        if value.lstrip().startswith("["):
+            value = parse_scalar(value)
+        elif "," in value:  # as in a grid of the command
+            value = parse_scalar(f"[{value}]")
     items = list(value) if isinstance(value, list | tuple) else [value]
     out, problems = [], []
     for item in items:

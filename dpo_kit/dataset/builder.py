@@ -70,9 +70,8 @@ def build(config: Config, split: str = "train", progress: Progress | None = None
         DataError: data that cannot be used; one line with file, row, column and remedy. Nothing is written.
     """
     plan = _plan(config, split)
-    source = open_source(
-        plan.source.path, name=plan.source.name, split=plan.source.split, section=plan.section
-    )
+    rows = plan.source
+    source = open_source(rows.path, name=rows.name, split=rows.split, section=plan.section)
     named = config.tokenizer_path or config.actor.path
     fingerprint = tokens.facts(config, named)["fingerprint"]
     key = _key(plan, source, fingerprint)
@@ -130,8 +129,13 @@ def _key(plan: _Plan, source: Source, tokenizer_fingerprint: str) -> str:
     if plan.limits.bad_rows != "strict":
         parts["bad_rows"] = plan.limits.bad_rows
     if plan.valid_share is not None:
-        parts |= {"share": plan.valid_share, "seed": plan.seed, "valid": plan.is_valid}
-        parts |= {"num_valid": plan.limits.num_rows if plan.is_valid else None}
+        num_valid = plan.limits.num_rows if plan.is_valid else None
+        parts |= {
+            "share": plan.valid_share,
+            "seed": plan.seed,
+            "valid": plan.is_valid,
+            "num_valid": num_valid,
+        }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -152,8 +156,7 @@ def _check_dropped(plan: _Plan, report: dict[str, Any]) -> None:
     if not rows:
         raise DataError(_no_row(plan, report))
     reasons = ", ".join(f"{count} {reason}" for reason, count in report["dropped"].items() if count)
-    if TOO_LONG in reasons:
-        reasons = reasons.replace(TOO_LONG, f"{TOO_LONG} = {report['max_length']} tokens")
+    reasons = reasons.replace(TOO_LONG, f"{TOO_LONG} = {report['max_length']} tokens")
     remedies = _remedies(plan, report)
     if not report["kept"]:
         commonest = max(remedies, key=lambda reason: report["dropped"][reason])
@@ -205,31 +208,26 @@ def _longer(plan: _Plan, report: dict[str, Any]) -> str:
 def _positions(model: str) -> int | None:
     """How many positions a model has, where it is local and its config.json says so."""
     try:
-        found = json.loads((model_folder.at_hand(model) / "config.json").read_text("utf-8")).get(
-            "max_position_embeddings"
-        )
+        made = json.loads((model_folder.at_hand(model) / "config.json").read_text("utf-8"))
+        found = made.get("max_position_embeddings")
     except (OSError, ValueError, AttributeError):
         return None
     return found if isinstance(found, int) else None
 
 
 def _selection(plan: _Plan) -> Selection:
-    quarantine = plan.limits.bad_rows == "quarantine"
-    if plan.valid_share is None:
-        return Selection(
-            plan.limits.max_length, plan.source.num_rows, section=plan.section, quarantine=quarantine
-        )
+    def in_split(prompt_hash: bytes) -> bool:
+        if plan.valid_share is None:
+            return True
+        digest = hashlib.blake2b(prompt_hash + str(plan.seed).encode(), digest_size=8).digest()
+        is_valid = int.from_bytes(digest, "big") < plan.valid_share * 2**64
+        return is_valid == plan.is_valid
+
     return Selection(
         plan.limits.max_length,
         plan.source.num_rows,
         section=plan.section,
-        quarantine=quarantine,
-        in_split=lambda prompt_hash: _for_validation(plan, prompt_hash) == plan.is_valid,
+        quarantine=plan.limits.bad_rows == "quarantine",
+        in_split=in_split,
         num_in_split=plan.limits.num_rows if plan.is_valid else None,
     )
-
-
-def _for_validation(plan: _Plan, prompt_hash: bytes) -> bool:
-    assert plan.valid_share is not None
-    digest = hashlib.blake2b(prompt_hash + str(plan.seed).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < plan.valid_share * 2**64

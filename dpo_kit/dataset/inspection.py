@@ -42,18 +42,15 @@ def settings(config: Config, model_config: Mapping[str, Any]) -> Iterator[Findin
     if actor.optimizer.lr == 0:
         text = "actor.optimizer.lr = 0: no weight will change; use 5e-6 or another rate above 0"
         yield Finding("bad", "settings", text)
-    dropout = {k: v for k, v in model_config.items() if ("dropout" in k or k.endswith("pdrop"))}
+    dropout = {k: v for k, v in model_config.items() if "dropout" in k or k.endswith("pdrop")}
     where = ", ".join(f"{k} = {v:g}" for k, v in dropout.items() if isinstance(v, float) and v > 0)
     if not actor.disable_dropout and where:
         text = f"dropout is on (actor.disable_dropout=false, {where}): policy and reference differ from the start"
         yield Finding("look", "settings", f"{text}; use actor.disable_dropout=true")
     if actor.dtype != config.ref.dtype and actor.path == config.ref.path:
-        yield Finding(
-            "look",
-            "held-out",
-            f"actor.dtype = {actor.dtype} and ref.dtype = {config.ref.dtype} differ: before training, rewards and"
-            " accuracy are rounding, and the first loss is not checked; use one dtype",
-        )
+        text = f"actor.dtype = {actor.dtype} and ref.dtype = {config.ref.dtype} differ: before training, rewards and"
+        text += " accuracy are rounding, and the first loss is not checked; use one dtype"
+        yield Finding("look", "held-out", text)
 
 
 def pairs(train: PairStore, valid: PairStore | None) -> Iterator[Finding]:
@@ -83,9 +80,8 @@ def _rows(title: str, store: PairStore) -> Iterator[Finding]:
             text += f"; a larger {section}_dataset.max_length keeps more"
         yield Finding(level, DROPPED if title == "training" else title, text, first)
     if count := len(made["unused_columns"]):
-        text = (
-            f"{count} column{'s' * (count > 1)} of the {title} data {'are' if count > 1 else 'is'} not used"
-        )
+        columns = "columns" if count > 1 else "column"
+        text = f"{count} {columns} of the {title} data {'are' if count > 1 else 'is'} not used"
         yield Finding("look", title, text, listed(made["unused_columns"]))
     for note in (EMPTY, REPEATED, CONTRADICTORY):
         if count := made["notes"].get(note):
@@ -112,11 +108,9 @@ def texts(store: PairStore, tokenizer: Any, own: Any) -> Iterator[Finding]:
             ends += any(text.endswith(name) for name in names)
     if ends:
         text = f"{ends} of {2 * looked_at} responses end twice: an end token's name stands at the end of the text"
-        yield Finding(
-            "bad", "training", f"{text}; the kit adds the end token itself, so cut it from the data"
-        )
+        remedy = "the kit adds the end token itself, so cut it from the data"
+        yield Finding("bad", "training", f"{text}; {remedy}")
     if store.meta["layout"] == "conversation" and own.chat_template != tokenizer.chat_template:
         text = f"tokenizer_path = {store.tokenizer_path!r} has another chat template than actor.path"
-        yield Finding(
-            "bad", "training", f"{text}; leave tokenizer_path out, so that the policy's own is used"
-        )
+        remedy = "leave tokenizer_path out, so that the policy's own is used"
+        yield Finding("bad", "training", f"{text}; {remedy}")

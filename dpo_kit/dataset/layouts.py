@@ -160,9 +160,7 @@ def _conversation_texts(values: Mapping[str, Any], encoder: Encoder, chat: Chat)
             opening = adopt(encoder, render(encoder.tokenizer, guarded[2], for_answer))
             opening += chat.header if for_answer else ""
             prompt_chars = common_chars(opening, chosen_text)
-        except (
-            Exception
-        ):  # some templates refuse a conversation of this shape when it is cut here: then the LCP
+        except Exception:  # some templates refuse such a conversation when it is cut here: then the LCP
             prompt_chars = None
     return Texts(
         chosen=chosen_text,
@@ -234,11 +232,9 @@ def _check_characters(text: str, what: str) -> None:
         raise RowProblem(
             f"{what} holds half a character at {error.start} (lone surrogate U+{ord(letter):04X}); repair the text"
         ) from None
-    reserved = RESERVED.search(text)
-    if reserved:
-        raise RowProblem(
-            f"{what} holds U+{ord(reserved[0]):04X}, which Unicode reserves for programs; remove it"
-        )
+    if reserved := RESERVED.search(text):
+        point = f"U+{ord(reserved[0]):04X}"
+        raise RowProblem(f"{what} holds {point}, which Unicode reserves for programs; remove it")
 
 
 def _check_messages(messages: list, what: str, needs_assistant: bool) -> None:
@@ -249,9 +245,8 @@ def _check_messages(messages: list, what: str, needs_assistant: bool) -> None:
         if not isinstance(message, dict):
             raise RowProblem(f'{at} is {type_name(message)}; {{"role": ..., "content": ...}} is needed')
         if not isinstance(message.get("role"), str):
-            raise RowProblem(
-                f"{at} has no text under 'role' (keys: {', '.join(map(show, message)) or 'none'})"
-            )
+            keys = ", ".join(map(show, message)) or "none"
+            raise RowProblem(f"{at} has no text under 'role' (keys: {keys})")
         content = message.get("content")
         if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
             raise RowProblem(f"{at} has {type_name(content)} under 'content'; text is needed")

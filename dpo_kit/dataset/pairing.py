@@ -66,15 +66,15 @@ class Selection:
     """Which rows of a source are taken."""
 
     max_length: int
-    num_rows: int | None = None
+    num_rows: int | None
     """The first rows of the source only."""
-    in_split: Callable[[bytes], bool] | None = None
-    """Of an 8-byte hash of the prompt's text: whether the row belongs to this split; None: all do."""
-    num_in_split: int | None = None
+    in_split: Callable[[bytes], bool]
+    """Of an 8-byte hash of the prompt's text: whether the row belongs to this split."""
+    num_in_split: int | None
     """The first rows of this split only."""
-    section: str = "train_dataset"
+    section: str
     """The config section, for messages."""
-    quarantine: bool = False
+    quarantine: bool
     """Unusable rows are dropped and named in the report, instead of being an error."""
 
 
@@ -249,7 +249,7 @@ def _usable(reading: _Reading, selection: Selection, tally: _Tally) -> Iterator[
         key = hashlib.blake2b(texts.prompt_text.encode(), digest_size=8).digest()
         if len(tally.prompts) < 2:
             tally.prompts.add(key)
-        if selection.in_split is not None and not selection.in_split(key):
+        if not selection.in_split(key):
             tally.other_split += 1
             continue
         num_here += 1
@@ -288,10 +288,8 @@ def _bad_rows(source: Source, tally: _Tally, section: str) -> DataError:
     told = f"{first}; then {'; '.join(others)}" if others else first
     remedy = f"; {utf8_remedy(source)}" if tally.not_utf8 and source.path else ""
     if tally.num_bad == tally.rows:
-        all_bad = (
-            f": all {tally.num_bad} rows are bad, so it is the file that needs mending;" if others else ""
-        )
-        return DataError(f"{source.label}{all_bad} {told}{remedy}")
+        all_bad = f": all {tally.num_bad} rows are bad, so it is the file that needs mending;"
+        return DataError(f"{source.label}{all_bad if others else ''} {told}{remedy}")
     head = f"{tally.num_bad} bad rows; first: " if others else ""
     bad = "the bad rows" if others else "the row"
     way = f"{', or' if remedy else f'; mend {bad}, or'} leave {bad} out with {section}.bad_rows=quarantine"
@@ -313,9 +311,9 @@ def _add_batch(
         if np.array_equal(chosen, rejected):
             tally.dropped[IDENTICAL] += 1
             continue
-        if max(len(chosen), len(rejected)) > max_length:
+        longest = max(len(chosen), len(rejected))
+        if longest > max_length:
             tally.dropped[TOO_LONG] += 1
-            longest = max(len(chosen), len(rejected))
             tally.shortest_too_long = min(tally.shortest_too_long or longest, longest)
             continue
         shared = longest_common_prefix(chosen, rejected)

@@ -46,7 +46,10 @@ def prepare(run_dir: Path) -> None:
     status.write_progress(run_dir, phase="convert model", expected_s=1.0 if ready else None)
     make_models(config)
     status.write_progress(run_dir, phase="build pairs")
-    stores = build_pairs(config, _counter(run_dir))
+    stores = build_pairs(
+        config,
+        lambda done, total: status.write_progress(run_dir, phase="build pairs", done=done, total=total),
+    )
     report(stores)
     check_lengths(config, stores)
     check_values(config, _percent(run_dir))  # after the data, so that bad data leave nothing behind
@@ -81,7 +84,7 @@ def make_models(config: Config) -> None:
         UserError: they do not, or cannot be made.
     """
     for path in _models(config):
-        builtin.ensure(path, _say)
+        builtin.ensure(path, functools.partial(print, flush=True))
     check_models(config)
     check_tokenizers(config)
 
@@ -214,11 +217,10 @@ def check_values(config: Config, progress: model_folder.Progress = lambda done, 
     Raises:
         ConfigError: file and tensor are named.
     """
+    known = model_folder.known_hashes(config.cluster.fileroot)
     for field, path in _weights(config).items():
         try:
-            model_folder.fingerprint(
-                builtin.ensure(path), model_folder.known_hashes(config.cluster.fileroot), progress
-            )
+            model_folder.fingerprint(builtin.ensure(path), known, progress)
         except UserError as error:
             raise ConfigError([f"{field}: {error}"]) from None
 
@@ -257,13 +259,6 @@ def _weights(config: Config) -> dict[str, str]:
     return {name: path for name, path in paths.named_models(config).items() if name != "tokenizer_path"}
 
 
-def _counter(run_dir: Path) -> Callable[[int, int | None], None]:
-    def count(done: int, total: int | None = None) -> None:
-        status.write_progress(run_dir, phase="build pairs", done=done, total=total)
-
-    return count
-
-
 def _percent(run_dir: Path) -> model_folder.Progress:
     started_at, told = time.monotonic(), 0
 
@@ -274,10 +269,6 @@ def _percent(run_dir: Path) -> model_folder.Progress:
             status.write_progress(run_dir, phase="load model", done=told, total=100)
 
     return count
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)
 
 
 def main(run_dir: Path) -> int:

@@ -45,8 +45,11 @@ class Row:
 
 
 def check_columns(found: Sequence[str], label: str, where: str = "") -> None:
-    """Raise unless `found` holds the columns of a preference pair."""
+    """Raise unless `found` holds the columns of a preference pair, each once."""
     missing = [column for column in REQUIRED if column not in found]
+    twice = [column for column in sorted(KNOWN) if list(found).count(column) > 1]
+    if twice and not missing:
+        raise DataError(f"{label}: column {show(twice[0])} is there twice; remove or rename one of them")
     if not missing:
         return
     hint = ""
@@ -67,14 +70,8 @@ def type_name(value: object) -> str:
         return "null"
     if isinstance(value, float) and value != value:
         return "NaN"
-    names = {
-        bool: "a boolean",
-        int: "a number",
-        float: "a number",
-        str: "text",
-        list: "a list",
-        dict: "an object",
-    }
+    numbers = {bool: "a boolean", int: "a number", float: "a number"}
+    names = {**numbers, str: "text", list: "a list", dict: "an object"}
     return names.get(type(value), f"a {type(value).__name__}")
 
 
@@ -109,10 +106,8 @@ def read_jsonl(path: Path) -> Iterator[Row]:
     index = 0
     with opened(path) as file:
         for number, line in enumerate(file, start=1):
-            text = (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).decode(
-                "utf-8", "surrogateescape"
-            )
-            text = text.strip()
+            bare = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            text = bare.decode("utf-8", "surrogateescape").strip()
             if not text:
                 continue
             yield _row_of_line(reader, text, index, f"line {number}")
@@ -174,14 +169,12 @@ def read_csv(path: Path, label: str) -> Iterator[Row]:
             if header is None:
                 header = [cell.strip() for cell in cells]
                 check_columns(header, label, "header")
-                _check_unique(header, label)
                 continue
             where = f"line {first_line}"
             if len(cells) != len(header):
                 remedy = _QUOTE_CELLS if len(cells) > len(header) else "add the cells that are missing"
-                yield Row(
-                    index, where, None, f"has {len(cells)} columns, the header has {len(header)}; {remedy}"
-                )
+                problem = f"has {len(cells)} columns, the header has {len(header)}; {remedy}"
+                yield Row(index, where, None, problem)
             else:
                 yield Row(index, where, dict(zip(header, cells, strict=True)))
             index += 1
@@ -208,7 +201,6 @@ def read_parquet(path: Path, label: str) -> Iterator[Row]:
     table = open_parquet(path)
     names = table.schema_arrow.names
     check_columns(names, label)
-    _check_unique(names, label)
     index = 0
     try:
         for batch in table.iter_batches(BATCH_ROWS, columns=[name for name in KNOWN if name in names]):
@@ -242,9 +234,8 @@ def _row_of_line(reader: _ObjectReader, text: str, index: int, where: str) -> Ro
     try:
         value, end, problem = reader.read(text, 0)
     except json.JSONDecodeError as error:
-        return Row(
-            index, where, None, f"is not JSON ({error.msg} at character {error.pos + 1}); repair or remove it"
-        )
+        problem = f"is not JSON ({error.msg} at character {error.pos + 1}); repair or remove it"
+        return Row(index, where, None, problem)
     except (ValueError, RecursionError) as error:
         return Row(index, where, None, f"is not JSON that can be read ({str(error).splitlines()[0]})")
     if end != len(text):
@@ -283,9 +274,3 @@ def _large_fields() -> Iterator[None]:
         yield
     finally:
         csv.field_size_limit(before)
-
-
-def _check_unique(columns: Sequence[str], label: str) -> None:
-    twice = sorted({column for column in columns if column in KNOWN and list(columns).count(column) > 1})
-    if twice:
-        raise DataError(f"{label}: column {show(twice[0])} is there twice; remove or rename one of them")

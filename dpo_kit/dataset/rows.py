@@ -133,8 +133,9 @@ def _in_folder(folder: Path, split: str, section: str) -> Path:
     """The folder's one file that is named after the split."""
     files = sorted(file for file in folder.glob("*") if format_of(file) and file.is_file())
     names = _SPLIT_NAMES.get(split, (split,))
+    endings = [suffix + packed for suffix in SUFFIXES for packed in ("", ".gz")]
     for name in names:
-        matching = [file for file in files if file.name[: -len("".join(_suffixes(file)))] == name]
+        matching = [f for f in files if f.name.startswith(name) and f.name[len(name) :].lower() in endings]
         if len(matching) == 1:
             return matching[0]
         if matching:
@@ -147,10 +148,6 @@ def _in_folder(folder: Path, split: str, section: str) -> Path:
         f"{' or '.join(names)} with one of {', '.join(SUFFIXES)} (each also .gz); found "
         f"{listed([f.name for f in files])}"
     )
-
-
-def _suffixes(file: Path) -> tuple[str, str]:
-    return format_of(file) or "", ".gz" if file.name.lower().endswith(".gz") else ""
 
 
 def _open_file(path: Path) -> Source:
@@ -214,9 +211,8 @@ def _check_object_line(path: Path, label: str) -> None:
     except (ValueError, RecursionError):
         is_object = False
     if not is_object:
-        raise DataError(
-            f"{label} line 1: a .json file holds a list of rows, [{{...}}, ...], or one row a line"
-        )
+        told = "a .json file holds a list of rows, [{...}, ...], or one row a line"
+        raise DataError(f"{label} line 1: {told}")
 
 
 def _open_hub(path: str, name: str | None, split: str, section: str) -> Source:

@@ -84,9 +84,8 @@ def make_encoder(tokenizer: PreTrainedTokenizerBase, label: str, turn_end: str |
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise DataError(
-            f"tokenizer {label}: is no fast tokenizer (tokenizer.json); convert or choose another"
-        )
+        told = "is no fast tokenizer (tokenizer.json); convert or choose another"
+        raise DataError(f"tokenizer {label}: {told}")
     if tokenizer.eos_token_id is None:
         raise DataError(f"tokenizer {label}: has no EOS token; set eos_token in its tokenizer_config.json")
     description = json.loads(backend.to_str())
@@ -278,24 +277,12 @@ def _renamed_copy(description: dict[str, Any], names: dict[str, str]) -> Tokeniz
         if name not in known:
             added.append({**_PLAIN_ADDED, "id": _id_in(model["vocab"], name), "content": name})
     added.sort(key=lambda token: token["id"])
-    copy = {
-        **description,
-        "model": model,
-        "added_tokens": added,
-        "post_processor": None,
-        "truncation": None,
-        "padding": None,
-    }
+    left_out = dict.fromkeys(("post_processor", "truncation", "padding"))
+    copy = {**description, "model": model, "added_tokens": added, **left_out}
     return Tokenizer.from_str(json.dumps(copy))
 
 
-_PLAIN_ADDED = {
-    "single_word": False,
-    "lstrip": False,
-    "rstrip": False,
-    "normalized": False,
-    "special": True,
-}
+_PLAIN_ADDED = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
 
 
 def _id_in(vocab: Any, token: str) -> int:
@@ -311,9 +298,8 @@ def _max_token_chars(description: dict[str, Any]) -> int | None:
     byte_level = "ByteLevel" in json.dumps(description["pre_tokenizer"])
     if model.get("type") != "BPE" or not (byte_level or model.get("byte_fallback")):
         return None
-    if any(
-        kind in normalizer for kind in ('"Strip', '"Regex"', '"BertNormalizer"', '"Precompiled"', '"Nmt"')
-    ):
+    deleting = ('"Strip', '"Regex"', '"BertNormalizer"', '"Precompiled"', '"Nmt"')
+    if any(kind in normalizer for kind in deleting):
         return None
     composed = 4 if '"NFC"' in normalizer or '"NFKC"' in normalizer else 1  # at most 4 code points become one
     added = [token["content"] for token in description["added_tokens"]]

@@ -72,11 +72,10 @@ def logps(runs: Any) -> go.Figure:
 
 def reward_grid(runs: Any, columns: int = 3) -> go.Figure:
     """One small chart of chosen and rejected rewards a run, side by side on common axes."""
-    make_subplots = _plotly("subplots").make_subplots
     named = _named(runs)
     columns = max(1, min(columns, len(named)))
     rows = max(1, -(-len(named) // columns))
-    figure = make_subplots(
+    figure = _plotly("subplots").make_subplots(
         rows=rows,
         cols=columns,
         shared_xaxes="all",
@@ -87,9 +86,8 @@ def reward_grid(runs: Any, columns: int = 3) -> go.Figure:
     )
     for i, (_, lines) in enumerate(named):
         for curve in REWARDS:
-            _draw(
-                figure, lines, curve, row=i // columns + 1, col=i % columns + 1, group=curve[1], legend=i == 0
-            )
+            row, col = i // columns + 1, i % columns + 1
+            _draw(figure, lines, curve, row=row, col=col, group=curve[1], legend=i == 0)
     _finish(figure, height=100 + 230 * rows)
     for i in range(max(0, len(named) - columns), len(named)):  # the lowest chart of each column
         figure.update_xaxes(title_text="step", showticklabels=True, row=i // columns + 1, col=i % columns + 1)
@@ -99,9 +97,9 @@ def reward_grid(runs: Any, columns: int = 3) -> go.Figure:
 
 def _panels(named: list[tuple[str, Records]], panels: Sequence[tuple[str, Sequence[Curve]]]) -> go.Figure:
     """One row of panels; every run draws its curves into each."""
-    make_subplots = _plotly("subplots").make_subplots
-    figure = make_subplots(
-        rows=1, cols=len(panels), subplot_titles=[title for title, _ in panels], horizontal_spacing=0.07
+    titles = [title for title, _ in panels]
+    figure = _plotly("subplots").make_subplots(
+        rows=1, cols=len(panels), subplot_titles=titles, horizontal_spacing=0.07
     )
     single = len(named) == 1
     for i, (name, lines) in enumerate(named):
@@ -174,25 +172,24 @@ def _finish(figure: go.Figure, height: int, legend_rows: int = 1) -> None:
         uirevision="keep",
     )
     last = max((x for trace in figure.data for x in trace.x if x is not None), default=0)
-    figure.update_xaxes(gridcolor=GRID, zeroline=False, rangemode="tozero", dtick=_tick(last))
-    figure.update_yaxes(gridcolor=GRID, zerolinecolor=ZERO, automargin=True)
-    figure.update_xaxes(title_font_size=13)
-    figure.update_yaxes(title_font_size=13)
+    figure.update_xaxes(
+        gridcolor=GRID, zeroline=False, rangemode="tozero", dtick=_tick(last), title_font_size=13
+    )
+    figure.update_yaxes(gridcolor=GRID, zerolinecolor=ZERO, automargin=True, title_font_size=13)
     figure.update_annotations(font_size=13)
 
 
 def _tick(last: int) -> int:
     """Steps between two ticks, 1, 2 or 5 times a power of ten: Plotly by itself sets ticks between two steps."""
-    return next(
-        t for power in range(20) for t in (10**power, 2 * 10**power, 5 * 10**power) if last <= t * _MOST_TICKS
-    )
+    steps = (factor * 10**power for power in range(20) for factor in (1, 2, 5))
+    return next(step for step in steps if last <= step * _MOST_TICKS)
 
 
 def _named(runs: Any) -> list[tuple[str, Records]]:
     """One run or several as (name, records)."""
     single = hasattr(runs, "dir") or (isinstance(runs, tuple) and len(runs) == 2 and isinstance(runs[0], str))
     out: list[tuple[str, Records]] = []
-    for run in [runs] if single else list(runs):
+    for run in [runs] if single else runs:
         if isinstance(run, tuple):
             out.append((str(run[0]), list(run[1])))
         else:

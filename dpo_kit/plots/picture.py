@@ -197,9 +197,8 @@ class _Panels:
     def _bar(self, trace: Any, colour: str) -> Any:
         axes, key, lying = self._panel(trace), _key(trace), trace.orientation == "h"
         along, across = (key[1], key[0]) if lying else key
-        beside = [
-            t for t in self.figure.data if t.type == "bar" and _key(t) == key and t.visible in (None, True)
-        ]
+        bars = [t for t in self.figure.data if t.type == "bar" and t.visible in (None, True)]
+        beside = [t for t in bars if _key(t) == key]
         at = [self._places(along, traces.columns(t)[lying]) for t in beside]
         apart = sorted({place for places in at for place in places})
         unit = min((b - a for a, b in pairwise(apart)), default=1.0)
@@ -216,16 +215,12 @@ class _Panels:
         import numpy as np
 
         axes, key = self._panel(trace), _key(trace)
-        z = np.array(
-            [[float("nan") if v is None else float(v) for v in row] for row in traces.rows(trace.z)], float
-        )
-        given = [
-            traces.listed(v) or list(range(n)) for v, n in zip((trace.x, trace.y), z.shape[::-1], strict=True)
-        ]
-        places = [self._places(name, values) for name, values in zip(key, given, strict=True)]
-        edges = [_edges(values) for values in places]
-        for name, sides in zip(key, edges, strict=True):
-            self.spans[name] += [min(sides), max(sides)]
+        z = np.array(traces.rows(trace.z), float)  # None is a gap
+        places, edges = [], []
+        for name, values, count in zip(key, (trace.x, trace.y), z.shape[::-1], strict=True):
+            places.append(self._places(name, traces.listed(values) or range(count)))
+            edges.append(_edges(places[-1]))
+            self.spans[name] += [min(edges[-1]), max(edges[-1])]
             self.filled.add(name)
         mesh = axes.pcolormesh(*edges, z, cmap=self._colours(trace), vmin=trace.zmin, vmax=trace.zmax)
         if trace.texttemplate:
@@ -233,14 +228,9 @@ class _Panels:
                 red, green, blue, _ = mesh.cmap(mesh.norm(z[i, j]))
                 ink = "black" if 0.3 * red + 0.6 * green + 0.1 * blue > 0.5 else "white"
                 text = z[i, j] if trace.text is None else trace.text[i][j]
-                style: dict[str, Any] = {
-                    "ha": "center",
-                    "va": "center",
-                    "fontsize": _points(12),
-                    "parse_math": False,
-                }
                 said = traces.filled(trace.texttemplate, float(z[i, j]), text)
-                axes.text(places[0][j], places[1][i], said, color=ink, **style)
+                style: dict[str, Any] = {"color": ink, "fontsize": _points(12), "parse_math": False}
+                axes.text(places[0][j], places[1][i], said, ha="center", va="center", **style)
         if trace.showscale is not False:
             self.drawn.colorbar(mesh, ax=axes).outline.set_visible(False)
         return mesh
@@ -348,11 +338,9 @@ def _write_annotation(drawn: Any, panels: _Panels, note: Any) -> None:
     x, y = panels.at(_or(note.x, 0.5), _or(note.y, 1.0))
     across = {"left": "left", "right": "right"}.get(note.xanchor, "center")
     along = {"top": "top", "middle": "center"}.get(note.yanchor, "bottom")
-    style: dict[str, Any] = {
-        "fontsize": _points(_or(note.font.size, 13)),
-        "rotation": -_or(note.textangle, 0),
-    }
-    drawn.text(x, y, traces.shown(note.text), ha=across, va=along, color=INK, parse_math=False, **style)
+    style: dict[str, Any] = {"color": INK, "fontsize": _points(_or(note.font.size, 13)), "parse_math": False}
+    turned = -_or(note.textangle, 0)
+    drawn.text(x, y, traces.shown(note.text), ha=across, va=along, rotation=turned, **style)
 
 
 def _draw_legend(

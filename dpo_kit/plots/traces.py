@@ -75,11 +75,8 @@ def check(figure: Any) -> None:
 def _check_keys(made: dict[str, Any], place: str, name: str = "") -> None:
     for key, value in made.items():
         is_set = value is not None and value is not False and not (isinstance(value, str) and value in _UNSET)
-        if (
-            is_set
-            and key not in _DRAWN.get(place, "").split()
-            and not key.startswith(tuple(_INKLESS.split()))
-        ):
+        known = key in _DRAWN.get(place, "").split() or key.startswith(tuple(_INKLESS.split()))
+        if is_set and not known:
             raise ValueError(f"{name or place}: {key} is not drawn")
 
 

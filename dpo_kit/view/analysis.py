@@ -57,9 +57,9 @@ class Share:
 
     @property
     def interval_percent(self) -> str:
-        if not self.defined:
+        if self.interval is None:
             return ""
-        low, high = wilson(self.correct, self.n)
+        low, high = self.interval
         return f"{100 * low:.1f} to {100 * high:.1f} %"
 
 
@@ -73,17 +73,16 @@ class Paired:
     low: float
     high: float
     n: int
-    method: str = "paired t"
 
     def __str__(self) -> str:
         return (
             f"mean {self.before:.3f} before, {self.after:.3f} after; difference {self.difference:+.3f}, "
-            f"95 % interval {self.low:+.3f} to {self.high:+.3f} ({self.method}, n = {self.n})"
+            f"95 % interval {self.low:+.3f} to {self.high:+.3f} (paired t, n = {self.n})"
         )
 
 
-def wilson(correct: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """The Wilson score interval of a share (E. B. Wilson 1927, J. Am. Stat. Assoc. 22, p. 209).
+def wilson(correct: float, n: int) -> tuple[float, float]:
+    """The 95 % Wilson score interval of a share (E. B. Wilson 1927, J. Am. Stat. Assoc. 22, p. 209).
 
     centre (p + z^2/2n) / (1 + z^2/n), half width z/(1 + z^2/n) * sqrt(p(1-p)/n + z^2/4n^2).
 
@@ -92,7 +91,7 @@ def wilson(correct: float, n: int, confidence: float = 0.95) -> tuple[float, flo
     """
     if n <= 0 or not 0 <= correct <= n:
         raise ValueError(f"correct = {correct} of n = {n} is not a share; 0 <= correct <= n and n >= 1")
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    z = NormalDist().inv_cdf(0.975)
     p, scale = correct / n, 1 + z * z / n
     centre = (p + z * z / (2 * n)) / scale
     half = z / scale * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
@@ -111,10 +110,8 @@ def t_quantile(probability: float, degrees: int) -> float:
     return math.sqrt(degrees) * math.tan(float(np.interp(probability, area / area[-1], angle)))
 
 
-def paired_interval(
-    before: Sequence[float] | np.ndarray, after: Sequence[float] | np.ndarray, confidence: float = 0.95
-) -> Paired:
-    """The mean difference of paired values with its t interval: d +- t(n-1) * sd(d) / sqrt(n).
+def paired_interval(before: Sequence[float] | np.ndarray, after: Sequence[float] | np.ndarray) -> Paired:
+    """The mean difference of paired values with its 95 % t interval: d +- t(n-1) * sd(d) / sqrt(n).
 
     Raises:
         ValueError: when the two differ in length or hold fewer than two values.
@@ -123,17 +120,15 @@ def paired_interval(
     if b.shape != a.shape or b.ndim != 1 or b.size < 2:
         raise ValueError(f"paired values need two equal lists of 2 or more; got {b.size} and {a.size}")
     d = a - b
-    half = t_quantile(0.5 + confidence / 2, d.size - 1) * float(d.std(ddof=1)) / math.sqrt(d.size)
+    half = t_quantile(0.975, d.size - 1) * float(d.std(ddof=1)) / math.sqrt(d.size)
     mean = float(d.mean())
     return Paired(float(b.mean()), float(a.mean()), mean, mean - half, mean + half, d.size)
 
 
 def evaluation_steps(run_dir: Path) -> list[int]:
     """Steps that have an evaluation on disk, ascending; 0 is before training."""
-    names = (
-        re.fullmatch(r"step-(\d+)\.jsonl", p.name) for p in (Path(run_dir) / "evaluations").glob("*.jsonl")
-    )
-    return sorted(int(m.group(1)) for m in names if m)
+    files = (Path(run_dir) / "evaluations").glob("*.jsonl")
+    return sorted(int(found[1]) for file in files if (found := re.fullmatch(r"step-(\d+)\.jsonl", file.name)))
 
 
 def read_evaluation(run_dir: Path, step: int) -> dict[str, np.ndarray]:
@@ -166,9 +161,9 @@ def reward_accuracy(evaluation: Mapping[str, np.ndarray]) -> Share:
     return Share(float(np.sum((margins > 0) & ~tied)), len(margins), int(tied.sum()))
 
 
-def is_tied(record: Mapping[str, Any], beta: float, prefix: str = "dpo") -> bool:
+def is_tied(record: Mapping[str, Any], beta: float) -> bool:
     """Whether the rewards of a record of `metrics.jsonl` are all rounding: policy and reference are equal."""
-    rewards = (record[f"{prefix}/{key}"] for key in ("chosen_reward", "rejected_reward", "reward_margin"))
+    rewards = (record[f"dpo/{key}"] for key in ("chosen_reward", "rejected_reward", "reward_margin"))
     return max(map(abs, rewards)) <= TIE_NATS * beta
 
 
@@ -190,11 +185,9 @@ def score_samples(
     samples: Sequence[Mapping[str, Any]], score: Callable[[str, str], float]
 ) -> tuple[np.ndarray, np.ndarray]:
     """`score(prompt, answer)` of every sample, for the reference's and for the policy's answer."""
-    before, after = (
-        np.asarray([score(s["prompt"], s[model]) for s in samples], dtype=np.float64)
-        for model in ("reference", "policy")
-    )
-    return before, after
+    before = [score(s["prompt"], s["reference"]) for s in samples]
+    after = [score(s["prompt"], s["policy"]) for s in samples]
+    return np.asarray(before, np.float64), np.asarray(after, np.float64)
 
 
 def best_and_worst(scores: Sequence[float], k: int = 3) -> tuple[list[int], list[int]]:
@@ -248,11 +241,8 @@ def _last(lines: Sequence[Mapping[str, Any]], key: str, window: int) -> float:
 
 
 def _read_loss(train: Sequence[Mapping[str, Any]], window: int, loss_type: str, beta: float) -> str:
-    expected, first, last = (
-        loss_at_reference(loss_type, beta),
-        train[0]["dpo/loss"],
-        _last(train, "dpo/loss", window),
-    )
+    expected, first = loss_at_reference(loss_type, beta), train[0]["dpo/loss"]
+    last = _last(train, "dpo/loss", window)
     known = {"ipo": "(1/(2 beta))^2", "hinge": "1"}.get(loss_type, "ln 2")
     where = f"{known} = {expected:.3f}, the value while policy and reference are equal"
     start = f"{first:.3f}"
@@ -288,10 +278,10 @@ def _read_rewards(train: Sequence[Mapping[str, Any]], window: int) -> list[str]:
 def _read_evaluations(lines: Sequence[Mapping[str, Any]]) -> list[str]:
     if not lines:
         return []
-    said, last = [], lines[-1]
+    last = lines[-1]
     accuracy = last.get("dpo-eval/reward_accuracy")
     ended = UNDEFINED if accuracy is None else f"{100 * accuracy:.1f} %"
-    said.append(f"On held-out pairs the reward accuracy ends at {ended} (step {last['step']}).")
+    said = [f"On held-out pairs the reward accuracy ends at {ended} (step {last['step']})."]
     best = min(lines, key=lambda line: line["dpo-eval/loss"])
     if last["dpo-eval/loss"] > best["dpo-eval/loss"] * 1.05 + 1e-9:
         rose = f"({best['dpo-eval/loss']:.3f}) and rose to {last['dpo-eval/loss']:.3f}"

@@ -91,17 +91,11 @@ def best_by_family(train: Pairs, held_out: Pairs) -> list[Rule]:
             best[family] = (correct, name, higher, threshold)
     told = _columns(held_out)
     told[FIRST_TOKEN] = ("first token", _first_token_shares(train, held_out))
-    return [
-        Rule(
-            name,
-            family,
-            higher,
-            threshold,
-            _apply(columns[name][1], higher, threshold),
-            _apply(told[name][1], higher, threshold),
-        )
-        for family, (_, name, higher, threshold) in best.items()
-    ]
+    rules = []
+    for family, (_, name, higher, threshold) in best.items():
+        trained, held = (_apply(values[name][1], higher, threshold) for values in (columns, told))
+        rules.append(Rule(name, family, higher, threshold, trained, held))
+    return rules
 
 
 def features(answer: Answer) -> dict[str, tuple[str, float]]:
@@ -110,6 +104,8 @@ def features(answer: Answer) -> dict[str, tuple[str, float]]:
     words = re.findall(r"\w+(?:'\w+)?", text.lower())
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     marks = re.findall(r"[.,;:!?]", text)
+    items = [line for line in lines if re.match(r"(\d+[.)]|[-*•])\s", line)]
+    runs = list(zip(words, words[1:], words[2:], strict=False))
     return {
         "tokens": ("length", float(answer.num_tokens)),
         "characters": ("length", float(len(text))),
@@ -124,17 +120,11 @@ def features(answer: Answer) -> dict[str, tuple[str, float]]:
         "colons": ("punctuation", float(text.count(":"))),
         "quotation marks": ("punctuation", float(len(re.findall(r"[\"“”]", text)))),
         "ends with . ! or ?": ("punctuation", float(text.endswith((".", "!", "?")))),
-        "list items": (
-            "list marks",
-            float(sum(bool(re.match(r"(\d+[.)]|[-*•])\s", line)) for line in lines)),
-        ),
+        "list items": ("list marks", float(len(items))),
         "lines": ("list marks", float(len(lines))),
         "bold marks": ("list marks", float(text.count("**"))),
         "distinct words, share": ("repetition", len(set(words)) / max(1, len(words))),
-        "repeated 3-word runs, share": (
-            "repetition",
-            _repeated(list(zip(words, words[1:], words[2:], strict=False))),
-        ),
+        "repeated 3-word runs, share": ("repetition", _repeated(runs)),
         "repeated lines, share": ("repetition", _repeated(lines)),
         "most frequent word, share": ("repetition", _most_frequent(words)),
     }

@@ -87,9 +87,8 @@ def preformatted(text: object) -> Html:
     return Html(f'<pre style="{style}">{escape(text)}</pre>', str(text))
 
 
-def marked(pieces: Iterable[tuple[object, str]]) -> Html:
+def marked(pieces: Sequence[tuple[object, str]]) -> Html:
     """Text in pieces, each over its own translucent background ("" for none), line breaks kept."""
-    pieces = list(pieces)
     spans = [_span(text, background) for text, background in pieces]
     body = f'<div style="white-space:pre-wrap;overflow-wrap:anywhere">{"".join(spans)}</div>'
     return Html(body, "".join(str(text) for text, _ in pieces))
@@ -102,9 +101,8 @@ def _span(text: object, background: str) -> str:
     return f'<span style="{style}">{escape(text)}</span>'
 
 
-def legend(entries: Iterable[tuple[str, str]]) -> Html:
+def legend(entries: Sequence[tuple[str, str]]) -> Html:
     """What each background means: (meaning, background) pairs."""
-    entries = list(entries)
     chips = " &nbsp; ".join(_span(f" {meaning} ", background) for meaning, background in entries)
     style = "font-size:.9em;margin:.2em 0"
     return Html(f'<div style="{style}">{chips}</div>', ", ".join(meaning for meaning, _ in entries))
@@ -151,9 +149,8 @@ def table(
     head = "".join(_cell("th", title, style) for title, style in zip(header, heads, strict=True))
     lines = ["".join(_cell("td", v, s) for v, s in zip(row, styles, strict=True)) for row in body]
     top = f'<caption style="text-align:left;padding:.2em 0">{escape(caption)}</caption>' if caption else ""
-    style = "border-collapse:collapse;background:transparent;color:inherit" + (
-        ";width:100%" if widths else ""
-    )
+    full = ";width:100%" if widths else ""
+    style = f"border-collapse:collapse;background:transparent;color:inherit{full}"
     markup = (
         f'<table style="{style}">{top}<thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(f'<tr>{line}</tr>' for line in lines)}</tbody></table>"
@@ -171,10 +168,8 @@ def _cell(tag: str, value: object, style: str) -> str:
 
 def _is_number(value: object) -> bool:
     text = value.text if isinstance(value, Html) else str(value)
-    return (
-        text.strip() in ("", "-")
-        or re.match(r"^[-+−]?\d[\d,.]*(e[-+]?\d+)?\s*[%\w/]{0,8}$", text) is not None
-    )
+    number = re.match(r"^[-+−]?\d[\d,.]*(e[-+]?\d+)?\s*[%\w/]{0,8}$", text)
+    return text.strip() in ("", "-") or number is not None
 
 
 def replace_output(fragment: Html) -> None:

@@ -14,9 +14,9 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
+from dpo_kit import plots
 from dpo_kit.records import findings
 from dpo_kit.records.status import ENDED, read_status
 from dpo_kit.view import progress
@@ -46,8 +46,6 @@ class View:
         self.importing.join()
         self.opened = True
         try:
-            from dpo_kit import plots
-
             self.widget = plots.live(plots.rewards(self.run))
         except (ImportError, ValueError) as error:
             _show(Html(f"<small>no live chart: {escape(error)}</small>", f"no live chart: {error}"))
@@ -71,8 +69,6 @@ class View:
         self.bar.update(self._bar(status))
         if self.widget is None:
             return
-        from dpo_kit import plots
-
         self.chart.update(plots.mimebundle(plots.rewards(self.run)), raw=True)
         self.widget.close()
         self.widget = None
@@ -82,9 +78,8 @@ class View:
         return stack(bar(self.run.name, status), *(notice(f.level, f.told) for f in known))
 
     def _refresh(self) -> None:
-        from dpo_kit import plots
-
-        size = _size(self.run.dir / "metrics.jsonl")
+        lines = self.run.dir / "metrics.jsonl"
+        size = lines.stat().st_size if lines.exists() else 0
         if size != self.size:
             self.size = size
             plots.refresh(self.widget, plots.rewards(self.run))
@@ -94,11 +89,12 @@ def bar(name: str, status: dict[str, Any]) -> Html:
     """Name, share done and words on the phase in hand, as HTML with a plain text twin."""
     state = status.get("state", "unknown")
     text = f"{name}: {progress.describe(status)}"
-    colour = {"failed": "#D55E00", "stopped": "#E69F00", "preempted": "#E69F00", "done": "#009E73"}.get(state)
+    colours = {"failed": "#D55E00", "stopped": "#E69F00", "preempted": "#E69F00", "done": "#009E73"}
+    colour = colours.get(state, "#0072B2")
     share = 100 * (1.0 if state in ENDED else progress.share_done(status))
     markup = (
         '<div style="border:1px solid rgba(127,127,127,.5);border-radius:4px;height:.8em;max-width:40em">'
-        f'<div style="width:{share:.1f}%;height:100%;border-radius:3px;background:{colour or "#0072B2"}"></div>'
+        f'<div style="width:{share:.1f}%;height:100%;border-radius:3px;background:{colour}"></div>'
         f'</div><div style="margin:.2em 0">{escape(text)}</div>'
     )
     return Html(markup, text)
@@ -113,10 +109,3 @@ def _show(thing: Any) -> Any:
     from IPython.display import display
 
     return display(thing, display_id=True)
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0

@@ -29,12 +29,14 @@ def _listed(words: str) -> frozenset[str]:
     return frozenset(words.split())
 
 
-READER_WORDS = _listed("you your yours yourself yourselves you're you'll you've you'd")
-SPEAKER_WORDS = _listed(
-    "i i'm i'd i'll i've me my mine myself we we're we'd we'll we've us our ours ourselves"
-)
-HEDGE_WORDS = _listed("may might could maybe perhaps possibly probably sometimes seems seem guess")
-REASON_WORDS = _listed("because since so helps help keeps prevents prevent avoid allows")
+WORDS = {
+    "reader": _listed("you your yours yourself yourselves you're you'll you've you'd"),
+    "speaker": _listed(
+        "i i'm i'd i'll i've me my mine myself we we're we'd we'll we've us our ours ourselves"
+    ),
+    "hedge": _listed("may might could maybe perhaps possibly probably sometimes seems seem guess"),
+    "reason": _listed("because since so helps help keeps prevents prevent avoid allows"),
+}
 
 POINTS = {"reader": 1, "reason": 1, "topic": 1, "speaker": -1, "hedge": -1}
 LOWEST_SCORE = -2.0
@@ -75,8 +77,9 @@ def score(question: str, answer: str) -> float:
 
 def explain(question: str, answer: str) -> dict[str, float]:
     """The share of the answer's sentences that has each property of `POINTS`, and the number of sentences."""
-    topic = _content_words(_last_question(question))
-    sentences = [words for words in map(_words, _SENTENCE_END.split(_own_turn(answer))) if words]
+    topic = _content_words(question.rsplit("\n\nHuman:", 1)[-1].split("\n\nAssistant:", 1)[0])
+    own_turn = re.split(r"\n\s*(?:Human|Assistant):", answer, maxsplit=1)[0]
+    sentences = [words for words in map(_words, _SENTENCE_END.split(own_turn)) if words]
     shares: dict[str, float] = {"sentences": len(sentences)}
     for name in POINTS:
         having = sum(_has(name, words, topic) for words in sentences)
@@ -87,17 +90,7 @@ def explain(question: str, answer: str) -> dict[str, float]:
 def _has(name: str, words: list[str], topic: frozenset[str]) -> bool:
     if name == "topic":
         return not topic.isdisjoint(map(_stem, words))
-    lists = {"reader": READER_WORDS, "speaker": SPEAKER_WORDS, "hedge": HEDGE_WORDS, "reason": REASON_WORDS}
-    return not lists[name].isdisjoint(words)
-
-
-def _own_turn(answer: str) -> str:
-    return re.split(r"\n\s*(?:Human|Assistant):", answer, maxsplit=1)[0]
-
-
-def _last_question(question: str) -> str:
-    last = question.rsplit("\n\nHuman:", 1)[-1]
-    return last.split("\n\nAssistant:", 1)[0]
+    return not WORDS[name].isdisjoint(words)
 
 
 def _words(text: str) -> list[str]:
@@ -105,7 +98,7 @@ def _words(text: str) -> list[str]:
 
 
 def _content_words(text: str) -> frozenset[str]:
-    skipped = _NOT_CONTENT | READER_WORDS | SPEAKER_WORDS | HEDGE_WORDS | REASON_WORDS
+    skipped = _NOT_CONTENT.union(*WORDS.values())
     return frozenset(_stem(word) for word in _words(text) if word not in skipped and len(word) > 2)
 
 

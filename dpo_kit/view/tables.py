@@ -52,12 +52,11 @@ def findings_list(runs: Sequence[Run], about: Collection[str] | None = None) -> 
         for finding in findings.read(run.dir):
             if about is None or finding.name in about:
                 found.setdefault(finding, []).append(run.dir.name)
-    return html.stack(
-        *(
-            html.notice(f.level, f.told if len(names) == len(runs) else f"{', '.join(names)}: {f.told}")
-            for f, names in found.items()
-        )
-    )
+    notices = []
+    for finding, names in found.items():
+        owners = "" if len(names) == len(runs) else f"{', '.join(names)}: "
+        notices.append(html.notice(finding.level, owners + finding.told))
+    return html.stack(*notices)
 
 
 def phases_table(run: Run) -> Html:
@@ -70,36 +69,24 @@ def phases_table(run: Run) -> Html:
 def steps_table(run: Run, most: int = 12) -> Html:
     """Loss and rewards over the steps; with more than `most` steps an even choice of them."""
     lines = analysis.training_lines(metrics.read_metrics(run.dir))
-    picked = (
-        sorted({round(i) for i in np.linspace(0, len(lines) - 1, min(most, len(lines)))}) if lines else []
-    )
+    picked = sorted({round(i) for i in np.linspace(0, len(lines) - 1, min(most, len(lines)))})
     beta = run.config.actor.beta
-    rows = [
-        [
-            lines[i]["step"],
-            f"{lines[i]['dpo/loss']:.3f}",
-            html.signed(lines[i]["dpo/chosen_reward"]),
-            html.signed(lines[i]["dpo/rejected_reward"]),
-            html.signed(lines[i]["dpo/reward_margin"]),
-            _percent(None if analysis.is_tied(lines[i], beta) else lines[i]["dpo/reward_accuracy"]),
-        ]
-        for i in picked
-    ]
+    shown, rows = ("dpo/chosen_reward", "dpo/rejected_reward", "dpo/reward_margin"), []
+    for line in (lines[i] for i in picked):
+        rewards = [html.signed(line[key]) for key in shown]
+        share = None if analysis.is_tied(line, beta) else line["dpo/reward_accuracy"]
+        accuracy = analysis.UNDEFINED if share is None else f"{100 * share:.0f} %"
+        rows.append([line["step"], f"{line['dpo/loss']:.3f}", *rewards, accuracy])
     header = ["step", "loss", "chosen reward", "rejected reward", "margin", "accuracy"]
     return html.table(header, rows, caption="training pairs; each step's loss is before its update")
-
-
-def _percent(value: float | None) -> str:
-    return analysis.UNDEFINED if value is None else f"{100 * value:.0f} %"
 
 
 def accuracy_table(run: Run) -> Html:
     """Held-out accuracy before and after training, with 95 % intervals and what one gets without training."""
     steps = analysis.evaluation_steps(run.dir)
     if not steps:
-        return html.paragraph(
-            "No evaluation is on disk: set valid_dataset (and evaluator) to have held-out pairs."
-        )
+        why = "set valid_dataset (and evaluator) to have held-out pairs"
+        return html.paragraph(f"No evaluation is on disk: {why}.")
     first, last = steps[0], steps[-1]
     before, after = (analysis.read_evaluation(run.dir, step) for step in (first, last))
     trained = analysis.reward_accuracy(after)
@@ -125,7 +112,8 @@ def _share_row(name: str, share: analysis.Share) -> list[object]:
 def _text_rules(run: Run) -> tuple[dict[str, analysis.Share], list[str]]:
     """The baselines that read the answers, and what to know about them."""
     try:
-        stores = {split: preferences.open_store(folder) for split, folder in _store_folders(run).items()}
+        folders = read_json(run.dir / "data.json", {})
+        stores = {split: preferences.open_store(folder) for split, folder in folders.items() if folder}
         train = _answers(stores["train"], most=_MOST_FITTED)
         held_out = _answers(stores["valid"])
     except (UserError, OSError, KeyError) as error:
@@ -153,10 +141,9 @@ def _verdict(trained: analysis.Share, rules: Mapping[str, analysis.Share]) -> st
         return f"Training ({trained.percent}) does not beat: {'; '.join(ahead)}."
     if len(rules) == 1:
         return f"Training ({trained.percent}) beats {next(iter(rules))}."
-    best = max((share.correct / share.n for share in rules.values()), default=0.0)
-    return (
-        f"Training ({trained.percent}) beats all {len(rules)} baselines; the best reaches {100 * best:.1f} %."
-    )
+    best = max(share.correct / share.n for share in rules.values())
+    told = f"Training ({trained.percent}) beats all {len(rules)} baselines"
+    return f"{told}; the best reaches {100 * best:.1f} %."
 
 
 def tokenizer_of(store: PairStore) -> Any:
@@ -164,19 +151,13 @@ def tokenizer_of(store: PairStore) -> Any:
     return builtin.load_tokenizer(store.tokenizer_path)
 
 
-def _store_folders(run: Run) -> dict[str, str]:
-    folders = read_json(run.dir / "data.json", {})
-    return {split: folder for split, folder in folders.items() if folder}
-
-
 def _answers(store: PairStore, most: int | None = None) -> list[tuple[baselines.Answer, baselines.Answer]]:
     """The answers of all pairs, or of at most `most`, evenly picked."""
     tokenizer = tokenizer_of(store)
     step = 1 if most is None else max(1, -(-len(store) // most))
-    whole = [store.pair(i) for i in range(0, len(store), step)]
     return [
         (_answer(tokenizer, p.chosen_ids, p.context), _answer(tokenizer, p.rejected_ids, p.context))
-        for p in whole
+        for p in map(store.pair, range(0, len(store), step))
     ]
 
 
@@ -202,21 +183,17 @@ def samples_table(run: Run, count: int = 4) -> Html:
         return html.stack(_answers_table(samples[:count], None), html.paragraph(why))
     before, after = analysis.score_samples(samples, ranking.score)
     scores = list(zip(before.tolist(), after.tolist(), strict=True))
+    first = list(range(min(count, len(samples))))
     best, worst = analysis.best_and_worst(after.tolist())
-    said = [html.paragraph(_rule_line(before, after))]
+
+    def table(picked: list[int], caption: str) -> Html:
+        return _answers_table([samples[i] for i in picked], [scores[i] for i in picked], caption)
+
     return html.stack(
-        _answers_table(
-            samples[:count],
-            scores[:count],
-            f"the first {min(count, len(samples))} of {len(samples)} held-out prompts",
-        ),
-        *said,
-        _answers_table(
-            [samples[i] for i in best], [scores[i] for i in best], caption="best answers after training"
-        ),
-        _answers_table(
-            [samples[i] for i in worst], [scores[i] for i in worst], caption="worst answers after training"
-        ),
+        table(first, f"the first {len(first)} of {len(samples)} held-out prompts"),
+        html.paragraph(_rule_line(before, after)),
+        table(best, "best answers after training"),
+        table(worst, "worst answers after training"),
     )
 
 
