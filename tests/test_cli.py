@@ -140,8 +140,13 @@ def test_score_writes_a_line_a_pair_in_dataset_order(trained, tmp_path):
     status, out, err = call(
         "score", "--config", folder / "small.yaml", *overrides, "-o", tmp_path / "o.jsonl"
     )
-    assert (status, err) == (0, [])
-    assert dict(os.environ) == before
+    assert status == 0
+    assert not [
+        line for line in err if not line.endswith((" rows", " pairs"))
+    ]  # it counts where it takes long
+    changed = {name for name, value in os.environ.items() if before.get(name) != value}
+    assert changed <= {"TORCHINDUCTOR_CACHE_DIR"}  # torch's own, where its compiler is imported first
+    assert before.keys() <= os.environ.keys()
     lines = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
     assert [line["index"] for line in lines] == [0, 1, 2, *range(4, 12)]
     assert out[-1] == str(tmp_path / "o.jsonl")
