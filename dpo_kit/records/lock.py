@@ -41,8 +41,7 @@ def lock(run_dir: Path) -> Iterator[None]:
 
 def take_lock(run_dir: Path) -> None:
     """Writes `lock.json` for this process (see `lock`)."""
-    folder = Path(run_dir).stat()
-    mine = {**identify(), "inode": folder.st_ino}
+    mine = {**identify(), "inode": Path(run_dir).stat().st_ino}
     with _guard(run_dir):
         owner = lock_owner(run_dir)
         if owner is not None and not _is_mine(owner):
@@ -69,9 +68,7 @@ def lock_owner(run_dir: Path) -> dict[str, Any] | None:
         owner = read_json(Path(run_dir) / "lock.json", {})
     except UserError:  # who was killed by a full disk or a loss of power holds nothing
         return None
-    if not owner or owner.get("inode") != Path(run_dir).stat().st_ino:
-        return None
-    if not isinstance(owner.get("pid"), int):
+    if not isinstance(owner.get("pid"), int) or owner.get("inode") != Path(run_dir).stat().st_ino:
         return None
     if owner.get("host") != socket.gethostname():
         age_s = time.time() - float(read_status(run_dir).get("updated_at") or 0.0)

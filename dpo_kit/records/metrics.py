@@ -96,10 +96,8 @@ def sync_metrics(run_dir: Path) -> None:
 
 def _cut_torn_tail(file: Any) -> None:
     end = file.seek(0, os.SEEK_END)
-    if end == 0:
-        return
-    file.seek(end - 1)
-    if file.read(1) == b"\n":
+    file.seek(max(0, end - 1))
+    if file.read(1) in (b"", b"\n"):
         return
     file.seek(0)
     file.truncate(file.read().rfind(b"\n") + 1)
