@@ -256,7 +256,7 @@ def test_models_that_cannot_be_served_are_refused_in_words(tmp_path):
         weights = load_file(path / "model.safetensors")
         save_file({n: w for n, w in weights.items() if "norm" not in n}, path / "model.safetensors")
         with pytest.raises(UserError, match=r"weights are missing: model\.layers\.0"):
-            load_for_training(str(path), world)
+            pair_model.check(path)
         (path / "model.safetensors").rename(path / "pytorch_model.bin")
         with pytest.raises(UserError, match=r"only pickled weights \(pytorch_model\.bin\)"):
             load_for_training(str(path), world)

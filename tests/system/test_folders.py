@@ -206,12 +206,12 @@ def test_what_becomes_of_a_folder_that_another_writer_put_there_meanwhile(
 WRITER = """
 import sys
 from pathlib import Path
-from dpo_kit.records import checkpoints
+from dpo_kit.records import checkpoint_folders
 from tests.system.test_folders import write
 folder = Path(sys.argv[1])
 for step in range(int(sys.argv[2]), 10_000):
     write(folder, step)
-    checkpoints.retain(folder, 2, step)
+    checkpoint_folders.retain(folder, 2, step)
     print(step, flush=True)
 """
 
