@@ -36,7 +36,7 @@ from dpo_kit.system.files import atomic_write
 _ADJECTIVES = "amber bold brave calm clever eager fair gentle keen lively merry quick quiet steady sunny warm"
 _ANIMALS = "badger crane falcon finch fox heron lark lynx marten otter owl plover raven robin swift wren"
 # Written by a run while it works: set aside or removed when a trial starts anew (see `clear`).
-_FILES = (
+_WORK_FILES = (
     "metrics.jsonl",
     "metrics.jsonl.damaged",
     "progress.json",
@@ -44,7 +44,7 @@ _FILES = (
     "samples.jsonl",
     "data.json",
 )
-_WORK = (*_FILES, "logs", "evaluations", "tensorboard", "exports", "model")
+_WORK = (*_WORK_FILES, "logs", "evaluations", "tensorboard", "exports", "model")
 # What was trained or measured is set aside there when a trial starts anew, one folder an attempt.
 EARLIER = "earlier"
 _WORTH_KEEPING = ("metrics.jsonl", "exports", "model")

@@ -24,7 +24,7 @@ PHASES = tuple(durations.GUESSES_S)
 # A supervisor answers within a second or two; a queued run without one after this long never will.
 _QUEUED_S = 60.0
 # How old another machine's heartbeat may be while its run counts as live.
-REMOTE_HEARTBEAT_S = 60.0
+_REMOTE_HEARTBEAT_S = 60.0
 _MISSING = object()
 
 
@@ -107,13 +107,20 @@ def is_live(status: dict[str, Any]) -> bool:
     """True while a supervisor works on the run (or is just being started)."""
     if status.get("state") not in ("queued", "running"):
         return False
-    age_s = time.time() - float(status.get("updated_at") or 0.0)
-    supervisor = status.get("supervisor")
-    if not supervisor:
-        return age_s < _QUEUED_S
-    if supervisor.get("host") not in (None, socket.gethostname()):
-        return age_s < REMOTE_HEARTBEAT_S
-    return is_alive(supervisor)
+    if supervisor := status.get("supervisor"):
+        return is_at_work(supervisor, status)
+    return _age_s(status) < _QUEUED_S
+
+
+def is_at_work(process: dict[str, Any], status: dict[str, Any]) -> bool:
+    """Whether a process of the run lives; one of another machine is believed while its heartbeat is fresh."""
+    if process.get("host") not in (None, socket.gethostname()):
+        return _age_s(status) < _REMOTE_HEARTBEAT_S
+    return is_alive(process)
+
+
+def _age_s(status: dict[str, Any]) -> float:
+    return time.time() - float(status.get("updated_at") or 0.0)
 
 
 def effective(status: dict[str, Any]) -> dict[str, Any]:
