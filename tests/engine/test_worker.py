@@ -19,7 +19,7 @@ import torch
 from dpo_kit import cli, launch, runs
 from dpo_kit import config as config_module
 from dpo_kit.dataset import prepare
-from dpo_kit.engine import reference, state, token_budget, worker
+from dpo_kit.engine import reference, state, step, token_budget, worker
 from dpo_kit.engine.recorder import Recorder
 from dpo_kit.errors import UserError
 from dpo_kit.model import builtin, packing, parallel
@@ -353,7 +353,7 @@ def test_the_references_own_token_bound_holds_and_changes_nothing(tmp_path, monk
         return batch
 
     wide = train_tiny(str(tmp_path / "wide"), (f"ref.logps={logps}", "total_train_steps=2"))
-    monkeypatch.setattr(packing, "pack", pack)
+    monkeypatch.setattr(step, "pack", pack)
     bound = (f"ref.logps={logps}", "total_train_steps=2", "ref.mb_spec.max_tokens_per_mb=80")
     narrow = train_tiny(str(tmp_path / "narrow"), bound)
     in_training = [width for width in widths if width > 80]
