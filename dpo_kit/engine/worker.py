@@ -43,7 +43,7 @@ def run(run_dir: Path, world: World, should_stop: Callable[[], bool]) -> None:
     Raises:
         Stopped: a stop was asked for; the weights so far are in `exports/`.
         UserError: config, data or numbers do not allow the run.
-        micro_batch.OutOfMemory: memory ran out, of the device or of the host.
+        token_budget.OutOfMemory: memory ran out, of the device or of the host.
     """
     config = config_module.load(run_dir / "config.yaml")
     recorder = Recorder(run_dir, config, world)

@@ -30,9 +30,6 @@ GUESSES_S = {
 _MEMORY = "phase_seconds.json"
 
 
-# ---------------------------------------------------------------- expected seconds
-
-
 def expected_seconds(fileroot: Path, kind: str) -> dict[str, float]:
     """Seconds of each phase in the last run of this kind; empty when there was none."""
     known = _memory(fileroot).get(kind)

@@ -240,7 +240,7 @@ def write_rank_error(
         run_dir: the run folder.
         rank: the rank, or the name of another process of the run (`prepare`, `samples`).
         exc: what was raised.
-        out_of_memory: `section` and `step` (`micro_batch.OutOfMemory.facts`), when that was the cause.
+        out_of_memory: `section` and `step` (`token_budget.OutOfMemory.facts`), when that was the cause.
     """
     record = {
         "rank": rank,
