@@ -121,20 +121,15 @@ class PairStore:
             index=int(self.index[i]),
         )
 
-    def lengths(self, i: int) -> tuple[int, int, int]:
-        """Tokens of pair `i`: shared prefix, whole chosen text, whole rejected text."""
-        return (
-            int(self.shared[i]),
-            int(self.chosen_offsets[i + 1] - self.chosen_offsets[i]),
-            int(self.rejected_offsets[i + 1] - self.rejected_offsets[i]),
-        )
-
     def all_lengths(self) -> np.ndarray:
-        """`lengths(i)` of every pair as one array. Shape: (P, 3) int64, columns shared, chosen, rejected"""
+        """`lengths_of` every pair. Shape: (P, 3) int64"""
         return self.lengths_of(np.arange(len(self)))
 
     def lengths_of(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
-        """`lengths(i)` of some pairs, in the order given. Shape: (len(rows), 3) int64"""
+        """Tokens of some pairs, in the order given: shared prefix, whole chosen text, whole rejected text.
+
+        Shape: (len(rows), 3) int64
+        """
         at = np.asarray(rows, np.int64)
         texts = (offsets[at + 1] - offsets[at] for offsets in (self.chosen_offsets, self.rejected_offsets))
         return np.stack([np.asarray(column, np.int64) for column in (self.shared[at], *texts)], axis=1)

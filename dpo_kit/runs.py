@@ -72,11 +72,8 @@ class Run:
         if status.get("state") == "queued" and process is not None and process.poll() is not None:
             status = read_status(self.dir)
             if status.get("state") == "queued":
-                return {
-                    **status,
-                    "state": "failed",
-                    "message": start.supervisor_words(self.dir, process.returncode),
-                }
+                message = start.supervisor_words(self.dir, process.returncode)
+                return {**status, "state": "failed", "message": message}
         return effective(status)
 
     @property
@@ -191,17 +188,15 @@ class Run:
     def _follow(self, timeout: float | None, show: bool, view: Any = None) -> dict[str, Any]:
         """Shows the run until it ends; its last status."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        if show and view is None:
-            view = _view(self)
+        view = view or (_view(self) if show else None)
         status = self.status
         try:
             while status.get("state") not in ENDED:
                 if view is not None:
                     view.update(status)
                 if deadline is not None and time.monotonic() > deadline:
-                    raise TimeoutError(
-                        f"{self.name} is still {progress.describe(status)} after {timeout:g} s"
-                    )
+                    still = progress.describe(status)
+                    raise TimeoutError(f"{self.name} is still {still} after {timeout:g} s")
                 time.sleep(_POLL_S)
                 status = self.status
         finally:
@@ -221,9 +216,8 @@ def open(path: str | Path) -> Run:
     """
     folder = Path(path).expanduser().absolute()
     if not (folder / "status.json").is_file():
-        raise UserError(
-            f"{folder} is no run folder (no status.json); `dpo-kit runs list` shows those there are"
-        )
+        ways = "`dpo-kit runs list` shows those there are"
+        raise UserError(f"{folder} is no run folder (no status.json); {ways}")
     return Run(folder)
 
 
@@ -239,9 +233,8 @@ def find(text: str, fileroot: str | Path) -> Run:
     if len(exact or named) == 1:
         return (exact or named)[0]
     if named:
-        raise UserError(
-            f"{text!r} names {len(named)} runs: {', '.join(run.name for run in named)}; give one of them"
-        )
+        names = ", ".join(run.name for run in named)
+        raise UserError(f"{text!r} names {len(named)} runs: {names}; give one of them")
     if (Path(text).expanduser() / "status.json").is_file():
         return open(text)
     listed = shlex.join(["dpo-kit", "runs", "list", "--fileroot", str(fileroot)])

@@ -33,6 +33,7 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
 from dpo_kit import config as config_module
+from dpo_kit.engine.optimizer import first_state
 from dpo_kit.engine.recorder import Recorder
 from dpo_kit.engine.state import Engine
 from dpo_kit.errors import UserError
@@ -112,11 +113,6 @@ def damage(folder: Path, world: World) -> str:
     return next((problem for problem in problems if problem), "")
 
 
-def needed_bytes(policy: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of a checkpoint of all ranks."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(policy, optimizer).values())
-
-
 # --- tensors ----------------------------------------------------------------------------------------------------
 
 
@@ -132,18 +128,11 @@ def _tensors(
     for name, param in masters(policy).items():
         found[f"model.{name}"] = param.detach()
         if make is not None and f"optimizer.{name}.step" in make:
-            _make_state(optimizer, param, make[f"optimizer.{name}.exp_avg"].properties.dtype)
+            dtype = make[f"optimizer.{name}.exp_avg"].properties.dtype
+            optimizer.state[param] = first_state(param, dtype)
         for key, value in optimizer.state.get(param, {}).items():
             found[f"optimizer.{name}.{key}"] = value
     return found
-
-
-def _make_state(optimizer: torch.optim.Optimizer, param: nn.Parameter, dtype: torch.dtype) -> None:
-    """AdamW's states of a weight, as its first step would make them."""
-    state = optimizer.state[param]
-    state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-    for key in ("exp_avg", "exp_avg_sq"):
-        state[key] = torch.zeros_like(param.detach(), dtype=dtype)
 
 
 def _generators(device: torch.device) -> dict[str, Tensor]:
@@ -186,7 +175,8 @@ def _together(world: World, act: Callable[[], Any]) -> list[Any]:
 
 
 def _why_not_saved(folder: Path, cause: str, policy: nn.Module, optimizer: torch.optim.Optimizer) -> str:
-    needed, free = needed_bytes(policy, optimizer), machine.free_disk(folder.parent)
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(policy, optimizer).values())
+    free = machine.free_disk(folder.parent)
     left = checkpoint_folders.steps(folder.parent)
     before = f"step-{left[-1]} stands" if left else "there is no earlier one"
     sizes = f"{machine.size_text(needed)} is needed, {machine.size_text(free)} are free in {folder.parent}"
@@ -222,21 +212,20 @@ class Keeper:
             self.recorder.progress("checkpoint")
         found = read_facts(self.run_dir, engine.config, lambda folder: damage(folder, engine.world))
         # To begin at the first step is right for a run that had no checkpoint, and for no other.
-        found = replace(found, num_pairs=len(engine.train))
-        content = self._identity() if found.at else None
+        found, at = replace(found, num_pairs=len(engine.train)), found.at
+        content = self._identity() if at else None
         problems = engine.world.gather(resuming.refusal(found, engine.config, content))
         if any(problems):
             raise UserError(next(text for text in problems if text))
-        if not found.whole:
+        if at is None or at.trained:
             return 0, False
-        step = found.whole[0]
+        step = at.step
         if found.passed:
             self.recorder.tell(f"{'; '.join(found.passed)}; falling back to step-{step}")
         facts = load(self.folder / f"step-{step}", engine.policy, self.optimizer, engine.world)
         self.saved = step
         # A fork has no `exports/best` yet, and its losses may be of another kind.
-        is_fork = manifest.parent(self.run_dir).get("step") == step
-        self.best = math.inf if facts["best"] is None or is_fork else facts["best"]
+        self.best = math.inf if facts["best"] is None or at.is_fork else facts["best"]
         if engine.world.is_main:
             ranks = facts["num_ranks"]
             other = f", written by {ranks} rank{'s' * (ranks > 1)}" if ranks != engine.world.size else ""

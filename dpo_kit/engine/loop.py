@@ -83,14 +83,8 @@ def train(
         if step == 1:
             check_first_step(engine, record, gaps)
         tokens = values[metrics.SUMS.index("data_tokens")]
-        hooks.stepped(
-            record
-            | {
-                "tokens_per_second": tokens / seconds,
-                "pairs_per_second": pairs / seconds,
-                "step_s": seconds,
-            }
-        )
+        speed = {"tokens_per_second": tokens / seconds, "pairs_per_second": pairs / seconds}
+        hooks.stepped({**record, **speed, "step_s": seconds})
         engine.progress("training", step, total, step=step)
         last = step == total
         stopping = values[-1] > 0 and not last
@@ -136,14 +130,9 @@ def check_finite(engine: Engine, record: dict[str, Any], batches: Sequence[Micro
         return
     actor, ref = engine.config.actor, engine.config.ref
     rows = _rows_at_fault(engine, batches)
-    error = UserError(
-        not_finite(
-            record,
-            sides=[side for side in ("policy", "reference") if rows[side]],
-            dtypes={"policy": actor.dtype, "reference": ref.dtype},
-            lr=actor.optimizer.lr,
-        )
-    )
+    sides = [side for side in ("policy", "reference") if rows[side]]
+    dtypes = {"policy": actor.dtype, "reference": ref.dtype}
+    error = UserError(not_finite(record, sides=sides, dtypes=dtypes, lr=actor.optimizer.lr))
     at_fault = rows["policy"] | rows["reference"]
     error.data_rows = tuple(sorted(at_fault or rows["all"]))  # type: ignore[attr-defined]
     raise error
@@ -221,7 +210,5 @@ def not_finite(record: dict[str, Any], *, sides: list[str], dtypes: dict[str, st
         return f"{told}{unchanged}. Lower actor.optimizer.lr = {lr:g}{f', or use {wider}' if wider else ''}"
     whose = f"log-probs of the {' and the '.join(sides)} are" if sides else "the gradient is"
     when = " before any update, so the learning rate is not to blame" if is_untrained else ""
-    remedy = (
-        f"Use {wider}" if wider else "The model overflows on these rows: leave them out, or use another model"
-    )
-    return f"{told}: {whose} not finite{when}. {remedy}"
+    otherwise = "The model overflows on these rows: leave them out, or use another model"
+    return f"{told}: {whose} not finite{when}. {f'Use {wider}' if wider else otherwise}"

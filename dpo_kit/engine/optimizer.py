@@ -62,9 +62,7 @@ class LeanAdamW(torch.optim.Optimizer):
     def _update(self, param: Tensor, group: dict[str, Any]) -> None:
         state = self.state[param]
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-            for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = torch.zeros_like(param, dtype=torch.bfloat16)
+            state |= first_state(param, torch.bfloat16)
         weight, grad, m, v = map(local, (param, param.grad, state["exp_avg"], state["exp_avg_sq"]))
         if not weight.numel():
             return
@@ -79,6 +77,12 @@ class LeanAdamW(torch.optim.Optimizer):
         weight.sub_(torch.where(skip, 0.0, lr * change))
         m.copy_(torch.where(skip, m, round_stochastically(new_m)))
         v.copy_(torch.where(skip, v, round_stochastically(new_v)))
+
+
+def first_state(param: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """AdamW's state of a weight before its first step, by the names that torch gives it; the moments in `dtype`."""
+    moments = {name: torch.zeros_like(param.detach(), dtype=dtype) for name in ("exp_avg", "exp_avg_sq")}
+    return {"step": torch.zeros((), dtype=torch.float32, device=param.device), **moments}
 
 
 def local(tensor: Tensor | None) -> Tensor:

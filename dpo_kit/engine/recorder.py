@@ -52,14 +52,8 @@ class Recorder:
         self.phase = phase
         if step is not None:
             self.done, self.step = step, min(step + 1, total or step + 1)
-        total_steps = total if phase == "first step" else None
-        self.untold = {
-            "phase": phase,
-            "done": done,
-            "total": total,
-            "step": self.done,
-            "total_steps": total_steps,
-        }
+        self.untold = {"phase": phase, "done": done, "total": total, "step": self.done}
+        self.untold["total_steps"] = total if phase == "first step" else None
         if phase != self.shown[0] or now - self.shown[1] > PROGRESS_EVERY_S or done == total:
             self.shown = (phase, now)
             self.flush()
@@ -147,9 +141,6 @@ def _tensorboard(run_dir: Path, step: int) -> Any:
 
 def _without_tensorboard(what: str, error: Exception) -> None:
     cause = "" if isinstance(error, ModuleNotFoundError) else f" ({status.one_line(error)})"
-    remedy = (
-        'pip install "dpo-kit[tracking]"'
-        if isinstance(error, ImportError)
-        else "stats_logger.tensorboard=false"
-    )
+    is_missing = isinstance(error, ImportError)
+    remedy = 'pip install "dpo-kit[tracking]"' if is_missing else "stats_logger.tensorboard=false"
     print(f"{what}{cause}: {remedy}; metrics.jsonl has every number", flush=True)

@@ -199,11 +199,9 @@ def pair_keys(store: PairStore, rows: np.ndarray | None = None) -> np.ndarray:
     for i, row in enumerate(rows):
         pair = store.pair(int(row))
         digest = hashlib.blake2b(digest_size=16)
-        digest.update(
-            np.array([len(pair.chosen_ids), len(pair.rejected_ids), pair.prompt], np.int64).tobytes()
-        )
-        digest.update(np.asarray(pair.chosen_ids, dtype=np.int32).tobytes())
-        digest.update(np.asarray(pair.rejected_ids, dtype=np.int32).tobytes())
+        sizes = np.array([len(pair.chosen_ids), len(pair.rejected_ids), pair.prompt], np.int64)
+        for part in (sizes, pair.chosen_ids, pair.rejected_ids):  # the ids are int32 in every store
+            digest.update(part.tobytes())
         keys[i] = np.frombuffer(digest.digest(), dtype=np.uint8)
     return keys
 
@@ -274,9 +272,7 @@ def _read(folder: Path) -> tuple[np.ndarray, np.ndarray] | None:
     try:
         with open(folder / "values.npz", "rb") as file, np.load(file, allow_pickle=False) as held:
             keys, logps = held["keys"], held["logps"]
-    except (
-        Exception
-    ):  # a flipped byte makes zipfile and numpy raise nearly anything; what is unreadable is no cache
+    except Exception:  # of any kind, after a flipped byte: what is unreadable is no cache
         return None
     ok = keys.ndim == 2 and keys.shape[1] == 16 and logps.shape == (len(keys), VALUE_SHAPE)
     return (keys, logps) if ok else None

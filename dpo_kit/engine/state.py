@@ -70,12 +70,6 @@ class Engine:
         return load_model(self.config, name, self.world, stores, trainable=name == "actor")
 
 
-def raise_if_stopped(engine: Engine) -> None:
-    """Raises `Stopped` on every rank as soon as one was asked to stop; a collective."""
-    if engine.world.any(engine.should_stop()):
-        raise Stopped
-
-
 def build(
     config: Config,
     world: World,

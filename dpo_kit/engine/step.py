@@ -16,9 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpo_kit.engine import state
 from dpo_kit.engine.optimizer import update
-from dpo_kit.engine.state import CPU_TOKENS, Engine
+from dpo_kit.engine.state import CPU_TOKENS, Engine, Stopped
 from dpo_kit.losses import implicit_rewards, preference_loss
 from dpo_kit.model.packing import MicroBatch, pack, pair_costs, plan_step, response_sums
 from dpo_kit.model.pair_model import PairModel
@@ -126,13 +125,7 @@ def train_step(
 
 @torch.no_grad()
 def reference_pass(
-    engine: Engine,
-    model: PairModel,
-    store: PairStore,
-    rows: Rows,
-    *,
-    done: int = 0,
-    total: int | None = None,
+    engine: Engine, model: PairModel, store: PairStore, rows: Rows, *, done: int = 0, total: int | None = None
 ) -> np.ndarray:
     """Log-probs of `rows` under `model`, spread over the ranks; the same array on every rank.
 
@@ -200,7 +193,8 @@ def _chunked(
     for i in [*np.argsort(-costs, kind="stable").tolist(), None]:
         cost = 0 if i is None else int(costs[i])
         if group and (i is None or tokens + cost > max_tokens * engine.world.dp_size):
-            state.raise_if_stopped(engine)
+            if engine.world.any(engine.should_stop()):  # all ranks stop as soon as one was asked to
+                raise Stopped
             done += len(group)
             for batch in micro_batches(engine, store, np.asarray(group), max_tokens, *models):
                 yield done, batch

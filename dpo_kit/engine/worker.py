@@ -43,7 +43,7 @@ def run(run_dir: Path, world: World, should_stop: Callable[[], bool]) -> None:
     Raises:
         Stopped: a stop was asked for; the weights so far are in `exports/`.
         UserError: config, data or numbers do not allow the run.
-        micro_batch.OutOfMemory: memory ran out, of the device or of the host.
+        token_budget.OutOfMemory: memory ran out, of the device or of the host.
     """
     config = config_module.load(run_dir / "config.yaml")
     recorder = Recorder(run_dir, config, world)
@@ -64,11 +64,7 @@ def _run(
     torch.use_deterministic_algorithms(config.actor.deterministic)
     train, valid = _stores(run_dir)
     token_budget.check(config, train)
-    told: dict[str, Any] = {
-        "should_stop": should_stop,
-        "progress": recorder.progress,
-        "found": recorder.found,
-    }
+    told: dict = {"should_stop": should_stop, "progress": recorder.progress, "found": recorder.found}
     engine = state.build(config, world, train, valid, **told)
     token_budget.settle(engine, run_dir)
     recorder.write_weights(reference.prepare(engine))
@@ -159,8 +155,4 @@ if __name__ == "__main__":
     pair_model.preload()
     processes.imported()
     processes.wait_to_go()
-    # os._exit: a rank that failed must not wait for peers in the process group's destructor.
-    code = main(Path(sys.argv[1]))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    processes.leave(main(Path(sys.argv[1])))

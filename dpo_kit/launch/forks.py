@@ -39,8 +39,7 @@ def fork(parent: Run, step: int | None = None, overrides: Sequence[str] = ()) ->
     root = f"cluster.fileroot={parent.dir.parent.parent}"
     config = config_module.load(parent.dir / "config.yaml", ["trial_name=null", root, *overrides])
     run, own = read_facts(parent.dir), parent.config
-    problems = resuming.fork_problems(own, config, step, resuming.last_step(run, config))
-    if problems:
+    if problems := resuming.fork_problems(own, config, step, resuming.last_step(run, config)):
         raise ConfigError(problems)
     named = config.trial_name is not None
     config = world.resolve_world(config)
@@ -77,21 +76,15 @@ def _step_to_fork(parent: Run, step: int | None, overrides: Sequence[str]) -> in
     if step is None or step not in there:
         wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
         has = f"; it has those of steps {', '.join(map(str, there))}" if there else ""
-        anew = (
-            ""
-            if there
-            else f"; from the first step: {manifest.train_command(parent.dir, *overrides, anew=True)}"
-        )
+        anew = f"; from the first step: {manifest.train_command(parent.dir, *overrides, anew=True)}"
         raise UserError(
             f"{parent.name} has {wanted}{has} (recover.freq_steps makes them; recover.keep=all keeps them when a run is"
-            f" done){anew}"
+            f" done){'' if there else anew}"
         )
-    problem = folders.damage(parent.dir / "checkpoints" / f"step-{step}")
-    if problem:
+    if problem := folders.damage(parent.dir / "checkpoints" / f"step-{step}"):
         others = ", ".join(str(other) for other in there if other != step) or "none"
-        raise UserError(
-            f"checkpoint step-{step} of {parent.name} is damaged: {problem}; there are others: {others}"
-        )
+        what = f"checkpoint step-{step} of {parent.name}"
+        raise UserError(f"{what} is damaged: {problem}; there are others: {others}")
     return step
 
 

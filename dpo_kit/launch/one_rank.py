@@ -21,7 +21,7 @@ from typing import Any
 
 from dpo_kit.records.status import one_line
 from dpo_kit.system.files import atomic_write
-from dpo_kit.system.processes import die_with_parent
+from dpo_kit.system.processes import die_with_parent, leave
 
 
 def find(module: str, name: str) -> Any:
@@ -66,9 +66,7 @@ def main(folder: Path) -> int:
         traceback.print_exc()
     atomic_write(folder / f"result-{rank}.pkl", content, durable=False)
     # The process group is not destroyed: after an error that would wait for the other ranks.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    leave(code)
 
 
 if __name__ == "__main__":

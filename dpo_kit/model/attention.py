@@ -136,6 +136,12 @@ def _kernel_backward(
     return dq, dk, dv
 
 
+def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
+    heads, num_tokens, size = q.shape[1:]
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(1, num_tokens, heads, size), q.new_empty(1, num_tokens, heads, dtype=dtype)
+
+
 @torch.library.custom_op("dpo_kit::packed_flash", mutates_args=())
 def packed_flash(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Attention of a packed row on the CPU; one operator, so that compiled graphs go around it.
@@ -147,11 +153,7 @@ def packed_flash(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float)
     Returns:
         Output (1, T, heads, head_dim) and log-sum-exp (1, T, heads).
     """
-    heads, num_tokens, size = q.shape[1:]
-    out = q.new_empty(1, num_tokens, heads, size)
-    lse = q.new_empty(
-        1, num_tokens, heads, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32
-    )
+    out, lse = _outputs(q)
     for first, prefix, last in _parts(lengths):
         o, z = _kernel(q[:, :, first], k[:, :, first], v[:, :, first], True, scale)
         out[:, first], lse[:, first] = o.transpose(1, 2), z.transpose(1, 2)
@@ -169,9 +171,7 @@ def packed_flash(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float)
 
 @packed_flash.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    heads, num_tokens, size = q.shape[1:]
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(1, num_tokens, heads, size), q.new_empty(1, num_tokens, heads, dtype=dtype)
+    return _outputs(q)
 
 
 @torch.library.custom_op("dpo_kit::packed_flash_backward", mutates_args=())

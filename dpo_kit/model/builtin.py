@@ -30,7 +30,8 @@ from dpo_kit.model.model_folder import FOLDERS, MANIFEST, NAMES, SMOLLM2, cache_
 from dpo_kit.system import folders
 from dpo_kit.system.files import sha256
 from dpo_kit.system.hub import cache_only_when_unreachable
-from dpo_kit.system.processes import child_environment, end_tree, python_path
+from dpo_kit.system.machine import size_of
+from dpo_kit.system.processes import end_children, popen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -163,38 +164,22 @@ def _run_while_growing(module: list[str], folder: Path) -> tuple[int | None, str
     """
     scratch, log = folder / "scratch", folder / "log"
     scratch.mkdir()
-    environment = {**os.environ, **child_environment(), "PYTHONPATH": python_path(), "TMPDIR": str(scratch)}
     with log.open("wb") as output:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "dpo_kit.system.child", *module],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
+        child = popen(module, {**os.environ, "TMPDIR": str(scratch)}, output)
         try:
             size, grown_at = -1, time.monotonic()
             while True:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     code: int | None = child.wait(_POLL_S)
                     break
-                if (now := _size_of(folder)) != size:
+                if (now := size_of(folder)) != size:
                     size, grown_at = now, time.monotonic()
                 if time.monotonic() - grown_at > STALLED_S:
                     code = None
                     break
         finally:
-            end_tree([child.pid])
-            child.wait()
+            end_children([child])
     return code, log.read_text("utf-8", "replace")
-
-
-def _size_of(folder: Path) -> int:
-    total = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):  # gone meanwhile
-            total += path.stat().st_size
-    return total
 
 
 def _check_sha256(file: Path, expected: str) -> None:
@@ -236,9 +221,8 @@ def _make_tiny(folder: Path, progress: Progress) -> None:
     config = _tiny_config() | ends
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     stops = [ids["<|endoftext|>"], ids["<|im_end|>"]]
-    (folder / "generation_config.json").write_text(
-        json.dumps(ends | {"eos_token_id": stops}, indent=2) + "\n"
-    )
+    generation = ends | {"eos_token_id": stops}
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     _write_tiny_weights(folder / "model.safetensors", config)
 
 

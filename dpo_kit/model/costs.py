@@ -16,6 +16,7 @@ import copy
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from dpo_kit.config import Config
@@ -277,14 +278,13 @@ def remedy(shape: Shape, config: Config, *, num_ranks: int, free_bytes: int, lon
     """
     fitting = tokens_that_fit(shape, config, num_ranks=num_ranks, free_bytes=free_bytes)
     if fitting >= longest:
-        return (
-            f"use actor.mb_spec.max_tokens_per_mb={fitting} or less (the longest pair has {longest} tokens)"
-        )
+        setting = f"actor.mb_spec.max_tokens_per_mb={fitting}"
+        return f"use {setting} or less (the longest pair has {longest} tokens)"
     for settings in _cheaper(config):
         tried = copy.deepcopy(config)
         for field, value in settings.items():
             section, _, name = field.rpartition(".")
-            _set(tried, section.split("."), name, value)
+            setattr(attrgetter(section)(tried), name, value)
         fitting = tokens_that_fit(shape, tried, num_ranks=num_ranks, free_bytes=free_bytes)
         if fitting >= longest:
             words = " ".join(f"{field}={str(value).lower()}" for field, value in settings.items())
@@ -310,12 +310,6 @@ def _cheaper(config: Config) -> list[dict[str, Any]]:
         steps.append({"actor.dtype": "bfloat16"})
     together = [dict(pair for step in steps[: n + 1] for pair in step.items()) for n in range(1, len(steps))]
     return [*steps, *together]
-
-
-def _set(config: Any, sections: list[str], name: str, value: Any) -> None:
-    for section in sections:
-        config = getattr(config, section)
-    setattr(config, name, value)
 
 
 def block_bytes(shape: Shape, dtype_bytes: int, prefix_share: float = 0.0) -> int:

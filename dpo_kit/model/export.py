@@ -65,38 +65,26 @@ def write(
         if world.is_main:
             state[name.removeprefix("lm.")] = whole.detach().to("cpu", dtype)
     if world.is_main:
+        from huggingface_hub import save_torch_state_dict
+
         lasting = model.lm.state_dict().keys()
         state |= {name: value.cpu() for name, value in model.lm.named_buffers() if name in lasting}
         with folders.staged(folder, "replace") as part:
-            _write_files(model, state, part, tokenizer, dtype, end_token_id, card)
+            save_torch_state_dict(state, part, metadata={"format": "pt"})
+            is_own = tokenizer.name_or_path == model.source
+            if not is_own:
+                tokenizer.save_pretrained(part)
+            for name, content in model.side_files.items():
+                if is_own or not _is_of_a_tokenizer(name):
+                    (part / name).parent.mkdir(exist_ok=True)
+                    (part / name).write_bytes(content)
+            config = _config_of_export(model, str(dtype).removeprefix("torch."))
+            _write_json(part / "config.json", config)
+            generation = _generation_of_export(model, tokenizer, end_token_id, config)
+            _write_json(part / "generation_config.json", generation)
+            if card:
+                (part / "README.md").write_text(card, encoding="utf-8")
     world.barrier()
-
-
-def _write_files(
-    model: PairModel,
-    state: dict[str, Tensor],
-    part: Path,
-    tokenizer: Any,
-    dtype: torch.dtype,
-    end_token_id: int,
-    card: str,
-) -> None:
-    from huggingface_hub import save_torch_state_dict
-
-    save_torch_state_dict(state, part, metadata={"format": "pt"})
-    is_own = tokenizer.name_or_path == model.source
-    if not is_own:
-        tokenizer.save_pretrained(part)
-    for name, content in model.side_files.items():
-        if is_own or not _is_of_a_tokenizer(name):
-            (part / name).parent.mkdir(exist_ok=True)
-            (part / name).write_bytes(content)
-    config = _config_of_export(model, str(dtype).removeprefix("torch."))
-    _write_json(part / "config.json", config)
-    generation = _generation_of_export(model, tokenizer, end_token_id, config)
-    _write_json(part / "generation_config.json", generation)
-    if card:
-        (part / "README.md").write_text(card, encoding="utf-8")
 
 
 def _write_json(file: Path, made: dict[str, Any]) -> None:
@@ -164,6 +152,7 @@ def model_card(config: Config, metrics: list[dict[str, Any]], found: Sequence[Fi
     """
     steps = [m for m in metrics if "dpo/loss" in m]
     evaluations = [m for m in metrics if "dpo-eval/loss" in m]
+    told = [f"- {finding.level}: {finding.text}" for finding in found]
     lines = [
         "---",
         "library_name: transformers",
@@ -175,7 +164,7 @@ def model_card(config: Config, metrics: list[dict[str, Any]], found: Sequence[Fi
         f"[DPO](https://arxiv.org/abs/2305.18290) (`{config.actor.loss_type}`, beta {config.actor.beta:g}), "
         f"{len(steps)} step{'s' * (len(steps) != 1)}. Generation stops on the end token it was trained with.",
         "",
-        *_findings(found),
+        *(["## What the checks found", "", *told, ""] if found else []),
         "## Curves",
         "",
         "| metric | first | last | over the steps |",
@@ -202,9 +191,3 @@ def model_card(config: Config, metrics: list[dict[str, Any]], found: Sequence[Fi
             )
     lines += ["", "## Configuration", "", "```yaml", config_module.to_yaml(config).rstrip(), "```", ""]
     return "\n".join(lines)
-
-
-def _findings(found: Sequence[Finding]) -> list[str]:
-    if not found:
-        return []
-    return ["## What the checks found", "", *(f"- {finding.level}: {finding.text}" for finding in found), ""]

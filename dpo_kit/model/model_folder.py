@@ -228,9 +228,8 @@ def weight_files(folder: Path) -> list[Path]:
 def _instead(folder: Path) -> str:
     others = sorted(file.name for file in folder.glob("*.safetensors"))
     if others:
-        return (
-            f"only {', '.join(others[:3])}, which no index names; save the model again with save_pretrained"
-        )
+        names = ", ".join(others[:3])
+        return f"only {names}, which no index names; save the model again with save_pretrained"
     pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
     if pickled:
         return (

@@ -143,11 +143,7 @@ def pair_costs(lengths: np.ndarray, share: bool) -> np.ndarray:
 
 
 def pack(
-    pairs: Sequence[Pair],
-    rows: Sequence[int],
-    *,
-    share: bool,
-    weights: Sequence[float] | None = None,
+    pairs: Sequence[Pair], rows: Sequence[int], *, share: bool, weights: Sequence[float] | None = None
 ) -> MicroBatch:
     """Lays pairs out in one row as drawn in the module's docstring.
 

@@ -128,12 +128,6 @@ def alone(*, cuda: bool) -> Iterator[World]:
                 os.environ[name] = value
 
 
-def precision(dtype: torch.dtype) -> MixedPrecisionPolicy:
-    """Compute in `dtype`, reduce gradients in fp32 (float64 stays float64)."""
-    reduce_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduce_dtype)
-
-
 def shard(model: nn.Module, world: World, dtype: torch.dtype) -> nn.Module:
     """Applies FSDP2 to a `pair_model.PairModel`, in place.
 
@@ -142,7 +136,10 @@ def shard(model: nn.Module, world: World, dtype: torch.dtype) -> nn.Module:
             weights in the dtype of the masters.
         dtype: what the blocks compute in.
     """
-    options: dict[str, Any] = {"mesh": world.mesh, "mp_policy": precision(dtype)}
+    # Gradients are reduced in fp32 (float64 stays float64).
+    reduce_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduce_dtype)
+    options: dict[str, Any] = {"mesh": world.mesh, "mp_policy": precision}
     lm: Any = model.lm
     body = getattr(lm, "model", None)
     # A model of another family may be built otherwise: then the root alone is sharded.

@@ -12,11 +12,10 @@ and `config.yaml` keeps what the user asked for. Not here: settling and measurin
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
-from dpo_kit.system.files import atomic_write, read_json, to_json
+from dpo_kit.system.files import atomic_write, read_json, sha256, to_json
 
 MOST_HALVINGS = 3
 SECTIONS = ("actor", "ref")
@@ -24,7 +23,7 @@ SECTIONS = ("actor", "ref")
 
 def read(run_dir: Path) -> dict[str, Any]:
     """The budget of a run; empty before the ranks settled, and when `config.yaml` has changed since."""
-    made = read_json(Path(run_dir) / "budget.json", {}) or {}
+    made = read_json(Path(run_dir) / "budget.json", {})
     return made if made.get("config_sha256") == _config_hash(run_dir) else {}
 
 
@@ -36,7 +35,7 @@ def write(run_dir: Path, made: dict[str, Any]) -> None:
 
 def _config_hash(run_dir: Path) -> str:
     try:
-        return hashlib.sha256((Path(run_dir) / "config.yaml").read_bytes()).hexdigest()
+        return sha256(Path(run_dir) / "config.yaml")
     except FileNotFoundError:
         return ""
 

@@ -30,14 +30,6 @@ GUESSES_S = {
 _MEMORY = "phase_seconds.json"
 
 
-# ---------------------------------------------------------------- expected seconds
-
-
-def kind_of_run(model: str, num_ranks: int, device: str) -> str:
-    """What makes the times of two runs comparable, as far as a key can tell."""
-    return f"{model} on {num_ranks} {device} ranks"
-
-
 def expected_seconds(fileroot: Path, kind: str) -> dict[str, float]:
     """Seconds of each phase in the last run of this kind; empty when there was none."""
     known = _memory(fileroot).get(kind)

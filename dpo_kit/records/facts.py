@@ -13,6 +13,7 @@ from typing import Any
 from dpo_kit.config import Config, differences, load, to_tree
 from dpo_kit.errors import UserError
 from dpo_kit.records import checkpoint_folders, manifest, metrics, run_folder
+from dpo_kit.records.checkpoint_folders import STATE
 from dpo_kit.records.status import effective, read_status
 from dpo_kit.system import folders
 from dpo_kit.system.files import read_json
@@ -42,9 +43,8 @@ class Point:
 
     def moved(self, config: Config) -> bool:
         """Whether a configuration names other places, so that their content must be compared."""
-        return any(
-            key in differences.PLACES for key in differences.between(self.of["config"], to_tree(config))
-        )
+        changed = differences.between(self.of["config"], to_tree(config))
+        return any(key in differences.PLACES for key in changed)
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def read_facts(
     try:
         step, passed = checkpoint_folders.newest(folder, damage or _quick_damage)
         config = config or load(run_dir / "config.yaml")
-        made, settled = manifest.read(run_dir), read_json(run_dir / "budget.json", {}) or {}
+        made, settled = manifest.read(run_dir), read_json(run_dir / "budget.json", {})
         if step is None and passed:
             return Facts(run_dir, now, config, damaged=_lost(run_dir, passed))
         trained = bool(now.get("trained")) and (run_dir / "model").is_dir()
@@ -129,18 +129,15 @@ def _content(made: dict[str, Any]) -> dict[str, Any]:
 def _quick_damage(folder: Path) -> str:
     """What is wrong with a checkpoint, as far as that is seen without reading all of it."""
     files, problem = folders.committed(folder)
-    if problem or checkpoint_folders.STATE not in files:
-        return problem or f"it has no {checkpoint_folders.STATE}"
-    is_same = (
-        folders.hashes(folder, [checkpoint_folders.STATE])[checkpoint_folders.STATE]
-        == files[checkpoint_folders.STATE]
-    )
-    return "" if is_same else f"{checkpoint_folders.STATE} has other bytes than were written"
+    if problem or STATE not in files:
+        return problem or f"it has no {STATE}"
+    is_same = folders.hashes(folder, [STATE])[STATE] == files[STATE]
+    return "" if is_same else f"{STATE} has other bytes than were written"
 
 
 def at_step(run_dir: Path, step: int, config: Config) -> Point:
     """What the checkpoint of a step, which is whole, says that it is of; `config` is the run's own."""
-    facts = read_json(run_dir / "checkpoints" / f"step-{step}" / checkpoint_folders.STATE)
+    facts = read_json(run_dir / "checkpoints" / f"step-{step}" / STATE)
     at = Point(step, facts["identity"])
     parent = manifest.parent(run_dir)
     return at.forked(config) if parent.get("step") == step else at
@@ -177,10 +174,8 @@ def is_spare(run_dir: Path) -> bool:
     names = [*run_folder.MADE]
     if parent and (Path(parent["folder"]) / "checkpoints" / f"step-{parent['step']}").is_dir():
         last = max((record["step"] for record in metrics.readable_metrics(run_dir)), default=0)
-        if last > parent["step"] or checkpoint_folders.steps(run_dir / "checkpoints") not in (
-            [],
-            [parent["step"]],
-        ):
+        own = set(checkpoint_folders.steps(run_dir / "checkpoints")) - {parent["step"]}
+        if own or last > parent["step"]:
             return False
         names = [name for name in names if name not in ("metrics.jsonl", "checkpoints")]
     return not any((run_dir / name).is_file() or any((run_dir / name).glob("*")) for name in names)

@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import shlex
-import socket
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_kit.errors import UserError
-from dpo_kit.records.status import REMOTE_HEARTBEAT_S, read_status
+from dpo_kit.records.status import is_at_work, read_status
 from dpo_kit.system.files import atomic_write, read_json, to_json
-from dpo_kit.system.processes import identify, is_alive
+from dpo_kit.system.processes import identify
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -41,8 +39,7 @@ def lock(run_dir: Path) -> Iterator[None]:
 
 def take_lock(run_dir: Path) -> None:
     """Writes `lock.json` for this process (see `lock`)."""
-    folder = Path(run_dir).stat()
-    mine = {**identify(), "inode": folder.st_ino}
+    mine = {**identify(), "inode": Path(run_dir).stat().st_ino}
     with _guard(run_dir):
         owner = lock_owner(run_dir)
         if owner is not None and not _is_mine(owner):
@@ -69,14 +66,9 @@ def lock_owner(run_dir: Path) -> dict[str, Any] | None:
         owner = read_json(Path(run_dir) / "lock.json", {})
     except UserError:  # who was killed by a full disk or a loss of power holds nothing
         return None
-    if not owner or owner.get("inode") != Path(run_dir).stat().st_ino:
+    if not isinstance(owner.get("pid"), int) or owner.get("inode") != Path(run_dir).stat().st_ino:
         return None
-    if not isinstance(owner.get("pid"), int):
-        return None
-    if owner.get("host") != socket.gethostname():
-        age_s = time.time() - float(read_status(run_dir).get("updated_at") or 0.0)
-        return owner if age_s < REMOTE_HEARTBEAT_S else None
-    return owner if is_alive(owner) else None
+    return owner if is_at_work(owner, read_status(run_dir)) else None
 
 
 @contextlib.contextmanager

@@ -169,8 +169,7 @@ def repetition(run_dir: Path) -> str:
     before, now = ((made.get("git") or {}).get("commit") for made in (theirs, mine))
     found |= differences.between(before, now, "git commit")
     before, now = (made.get("parent") for made in (theirs, mine))
-    if before != now:
-        found |= differences.between(fork_text(before), fork_text(now), "forked from")
+    found |= differences.between(fork_text(before), fork_text(now), "forked from")
     before, now = (to_tree(load(folder / "config.yaml")) for folder in (origin, run_dir))
     named = differences.between(before, now)
     found |= {key: text for key, text in named.items() if key != "trial_name"}
@@ -212,10 +211,8 @@ def _git(folder: Path, *arguments: str) -> str | None:
 def _versions() -> dict[str, str]:
     found = {}
     for name in _PACKAGES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
 
 

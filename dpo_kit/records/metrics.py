@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_kit.errors import UserError
-from dpo_kit.system.files import atomic_write, os_error_text, to_json
+from dpo_kit.system.files import atomic_write, os_error_text, tail, to_json
 
 # A margin of log-ratios up to this is rounding: float32 sums of one response differ by up to about 2e-5 nats
 # between two packings of the same batch, and policy = reference must not be read as a preference.
@@ -96,10 +96,8 @@ def sync_metrics(run_dir: Path) -> None:
 
 def _cut_torn_tail(file: Any) -> None:
     end = file.seek(0, os.SEEK_END)
-    if end == 0:
-        return
-    file.seek(end - 1)
-    if file.read(1) == b"\n":
+    file.seek(max(0, end - 1))
+    if file.read(1) in (b"", b"\n"):
         return
     file.seek(0)
     file.truncate(file.read().rfind(b"\n") + 1)
@@ -186,18 +184,9 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     return records, wrong
 
 
-_TAIL_BYTES = 16384
-
-
 def last_record(run_dir: Path, name: str = "dpo/loss") -> dict[str, Any] | None:
     """The last record of a run with this metric (of training by default), read from the end of its metrics."""
-    path = Path(run_dir) / "metrics.jsonl"
-    try:
-        with open(path, "rb") as file:
-            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
-            lines = file.read().split(b"\n")[:-1]
-    except FileNotFoundError:
-        return None
+    lines = tail(Path(run_dir) / METRICS_FILE, 16384).split(b"\n")[:-1]
     for line in reversed(lines):
         with contextlib.suppress(ValueError):  # the first one may be cut
             record = json.loads(line)

@@ -39,11 +39,7 @@ class Decision:
 
 
 def decide(
-    run: Facts,
-    config: Config | None = None,
-    *,
-    mode: str = "auto",
-    devices: int | None = None,
+    run: Facts, config: Config | None = None, *, mode: str = "auto", devices: int | None = None
 ) -> Decision:
     """What becomes of a run that is started again.
 

@@ -44,7 +44,7 @@ _WORK_FILES = (
     "samples.jsonl",
     "data.json",
 )
-_WORK_FOLDERS = ("logs", "evaluations", "tensorboard", "exports", "model")
+_WORK = (*_WORK_FILES, "logs", "evaluations", "tensorboard", "exports", "model")
 # What was trained or measured is set aside there when a trial starts anew, one folder an attempt.
 EARLIER = "earlier"
 _WORTH_KEEPING = ("metrics.jsonl", "exports", "model")
@@ -166,7 +166,7 @@ def clear(run_dir: Path) -> str:
     What was trained or measured is set aside in `earlier/`. `config.yaml`, `manifest.json`, `budget.json`,
     `checkpoints/` and the lock stay.
     """
-    told = _set_aside(run_dir, (*_WORK_FILES, *_WORK_FOLDERS))
+    told = _set_aside(run_dir, _WORK)
     (run_dir / "logs").mkdir(exist_ok=True)
     return told
 
@@ -184,15 +184,12 @@ def clear_errors(run_dir: Path) -> None:
         error.unlink()
 
 
-def clear_training(run_dir: Path) -> str:
-    """Clears away what the ranks recorded, so that the same supervisor may start them anew; says what became of it.
+def clear_training(run_dir: Path) -> None:
+    """Clears away what the ranks recorded, so that the same supervisor may start them anew.
 
-    Pairs, logs, requests to stop and the time that the phases took stay; the errors of ranks do not.
+    Pairs, logs, requests to stop and the time that the phases took stay.
     """
-    names = (*_WORK_FILES, *_WORK_FOLDERS)
-    told = _set_aside(run_dir, [name for name in names if name not in _KEPT_BETWEEN_ATTEMPTS])
-    clear_errors(run_dir)
-    return told
+    _set_aside(run_dir, [name for name in _WORK if name not in _KEPT_BETWEEN_ATTEMPTS])
 
 
 def _set_aside(run_dir: Path, names: Iterable[str]) -> str:

@@ -13,29 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from dpo_kit.errors import UserError
+from dpo_kit.records import durations
 from dpo_kit.redaction import redact
 from dpo_kit.system.files import atomic_write, read_json, to_json
 from dpo_kit.system.processes import is_alive
 
-STATES = ("queued", "running", "stopped", "preempted", "failed", "done")
 ENDED = ("stopped", "preempted", "failed", "done")
-PHASES = (
-    "convert model",
-    "build pairs",
-    "start ranks",
-    "load model",
-    "reference pass",
-    "evaluation",
-    "first step",
-    "training",
-    "checkpoint",
-    "export",
-    "samples",
-)
+STATES = ("queued", "running", *ENDED)
+PHASES = tuple(durations.GUESSES_S)
 # A supervisor answers within a second or two; a queued run without one after this long never will.
 _QUEUED_S = 60.0
 # How old another machine's heartbeat may be while its run counts as live.
-REMOTE_HEARTBEAT_S = 60.0
+_REMOTE_HEARTBEAT_S = 60.0
 _MISSING = object()
 
 
@@ -85,10 +74,8 @@ def read_status(run_dir: Path) -> dict[str, Any]:
     if status is _MISSING:
         return {}
     if not (isinstance(status, dict) and status.get("state") in STATES and _is_well_typed(status)):
-        return {
-            "state": "failed",
-            "message": f"{path} holds no state of a run; it was changed outside the kit",
-        }
+        message = f"{path} holds no state of a run; it was changed outside the kit"
+        return {"state": "failed", "message": message}
     return status
 
 
@@ -120,13 +107,20 @@ def is_live(status: dict[str, Any]) -> bool:
     """True while a supervisor works on the run (or is just being started)."""
     if status.get("state") not in ("queued", "running"):
         return False
-    age_s = time.time() - float(status.get("updated_at") or 0.0)
-    supervisor = status.get("supervisor")
-    if not supervisor:
-        return age_s < _QUEUED_S
-    if supervisor.get("host") not in (None, socket.gethostname()):
-        return age_s < REMOTE_HEARTBEAT_S
-    return is_alive(supervisor)
+    if supervisor := status.get("supervisor"):
+        return is_at_work(supervisor, status)
+    return _age_s(status) < _QUEUED_S
+
+
+def is_at_work(process: dict[str, Any], status: dict[str, Any]) -> bool:
+    """Whether a process of the run lives; one of another machine is believed while its heartbeat is fresh."""
+    if process.get("host") not in (None, socket.gethostname()):
+        return _age_s(status) < _REMOTE_HEARTBEAT_S
+    return is_alive(process)
+
+
+def _age_s(status: dict[str, Any]) -> float:
+    return time.time() - float(status.get("updated_at") or 0.0)
 
 
 def effective(status: dict[str, Any]) -> dict[str, Any]:
@@ -175,7 +169,9 @@ def write_progress(
     old = read_json(path, {})
     phases = old.get("phases", [])
     started_at, started_done = old.get("started_at", now), old.get("started_done", 0)
-    if old.get("phase") != phase:
+    if old.get("phase") == phase:
+        expected_s = old.get("expected_s") if expected_s is None else expected_s
+    else:
         phases = add_seconds(phases, old.get("phase"), now - started_at)
         started_at, started_done = now, done
     if phase == "training":
@@ -185,9 +181,7 @@ def write_progress(
         "phase": phase,
         "done": done,
         "total": total,
-        "expected_s": expected_s
-        if expected_s is not None or old.get("phase") != phase
-        else old.get("expected_s"),
+        "expected_s": expected_s,
         "step": old.get("step") if step is None else step,
         "total_steps": old.get("total_steps") if total_steps is None else total_steps,
         "started_at": started_at,
@@ -220,7 +214,7 @@ def request_stop(run_dir: Path, state: str) -> None:
 
 def stop_requested(run_dir: Path) -> str | None:
     """The state in which the run was asked to end, or None."""
-    return (read_json(Path(run_dir) / "stop.json", {}) or {}).get("state")
+    return read_json(Path(run_dir) / "stop.json", {}).get("state")
 
 
 def clear_stop(run_dir: Path) -> None:
@@ -238,10 +232,7 @@ def one_line(error: BaseException) -> str:
 
 
 def write_rank_error(
-    run_dir: Path,
-    rank: int | str,
-    exc: BaseException,
-    out_of_memory: dict[str, Any] | None = None,
+    run_dir: Path, rank: int | str, exc: BaseException, out_of_memory: dict[str, Any] | None = None
 ) -> None:
     """Leaves the cause of a failure where the supervisor finds it; the traceback goes to the log.
 
@@ -249,7 +240,7 @@ def write_rank_error(
         run_dir: the run folder.
         rank: the rank, or the name of another process of the run (`prepare`, `samples`).
         exc: what was raised.
-        out_of_memory: `section` and `step` (`micro_batch.OutOfMemory.facts`), when that was the cause.
+        out_of_memory: `section` and `step` (`token_budget.OutOfMemory.facts`), when that was the cause.
     """
     record = {
         "rank": rank,
@@ -270,9 +261,8 @@ def write_rank_error(
 def read_rank_errors(run_dir: Path) -> list[dict[str, Any]]:
     """What failing processes of the run left, the earliest (the cause of the others) first."""
     errors = [read_json(path) for path in (Path(run_dir) / "logs").glob("*.error.json")]
-    return sorted(
-        (error for error in errors if isinstance(error, dict)), key=lambda error: error.get("at", 0.0)
-    )
+    told = [error for error in errors if isinstance(error, dict)]
+    return sorted(told, key=lambda error: error.get("at", 0.0))
 
 
 def steps_text(status: dict[str, Any]) -> str:

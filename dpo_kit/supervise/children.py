@@ -73,7 +73,8 @@ class Session:
 
     @property
     def kind(self) -> str:
-        return durations.kind_of_run(self.config.actor.path, self.num_ranks, self.device)
+        """What makes the times of two runs comparable, as far as a key can tell."""
+        return f"{self.config.actor.path} on {self.num_ranks} {self.device} ranks"
 
 
 def wait_for(session: Session, children: list[subprocess.Popen], grace_s: float) -> list[int | None]:
@@ -101,8 +102,9 @@ def wait_for(session: Session, children: list[subprocess.Popen], grace_s: float)
             if codes[0] == ExitStatus.DONE:
                 # Rank 0 has written everything: who hangs in his good-byes is not waited for.
                 done_at = done_at or now
-            if session.stop is None and _is_overdue(session, now):
-                waited, phase = now - session.moved_at, session.written["phase"]
+            waited, phase = now - session.moved_at, session.written.get("phase", "")
+            is_overdue = phase in PHASES and waited > session.config.cluster.step_timeout_s
+            if is_overdue and session.stop is None:
                 session.hung = find_hung(children, session.run_dir / "logs", waited, phase)
                 return codes
             failed = any(code not in (None, *ENDED_WELL) for code in codes)
@@ -114,12 +116,6 @@ def wait_for(session: Session, children: list[subprocess.Popen], grace_s: float)
             time.sleep(_POLL_S)
     finally:
         end_children(children)
-
-
-def _is_overdue(session: Session, now: float) -> bool:
-    if session.written.get("phase") not in PHASES:
-        return False
-    return now - session.moved_at > session.config.cluster.step_timeout_s
 
 
 def look(session: Session) -> None:
@@ -149,10 +145,10 @@ def merge(session: Session) -> None:
     progress = files.read_json(session.run_dir / "progress.json", {})
     fields = _status_fields(session, progress) if progress.get("phase") else {}
     now = time.monotonic()
-    if fields != session.written:
+    status, has_moved = None, fields != session.written
+    if has_moved:
         session.moved_at = now
-    status = None
-    if fields != session.written or now - session.written_at >= _HEARTBEAT_S:
+    if has_moved or now - session.written_at >= _HEARTBEAT_S:
         session.written, session.written_at = fields, now
         with contextlib.suppress(OSError):
             # The state, too: somebody may have damaged the file meanwhile.
@@ -209,11 +205,8 @@ def find_hung(ranks: Sequence[subprocess.Popen], logs: Path, waited_s: float, ph
         how = f"hangs {_top(stacks[rank])}"
     else:
         how = "and all others wait for each other"
-    return (
-        rank,
-        f"rank {rank}: {how}; nothing moved for {waited_s:.0f} s in phase {phase!r} (cluster.step_timeout_s;"
-        f" stacks in logs/rank-{rank}.log)",
-    )
+    since = f"nothing moved for {waited_s:.0f} s in phase {phase!r}"
+    return rank, f"rank {rank}: {how}; {since} (cluster.step_timeout_s; stacks in logs/rank-{rank}.log)"
 
 
 def _stacks(ranks: Sequence[subprocess.Popen], logs: Path) -> dict[int, list[str]]:

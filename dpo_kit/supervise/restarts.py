@@ -51,9 +51,8 @@ def rank_failure(run_dir: Path, codes: list[int | None], *, stopping: bool) -> F
         stopping: the ranks had been asked to stop.
     """
     own = {rank: code for rank, code in enumerate(codes) if code not in (None, *ENDED_WELL)}
-    if stopping and (None in codes or -signal.SIGTERM in codes):
-        return None  # who was ended takes its peers along: what they say is no cause
-    if not own:
+    # Who was ended takes its peers along: what they say is no cause.
+    if not own or (stopping and (None in codes or -signal.SIGTERM in codes)):
         return None
     errors = {error["rank"]: error for error in reversed(status.read_rank_errors(run_dir))}
     # A rank that the system killed left no word, and the others only say that they lost it.
@@ -117,7 +116,7 @@ def retry(session: Session, failed: Failure) -> Failure | None:
     recover = session.config.recover
     if recover.mode != "auto" or failed.mistake:
         return failed
-    step = (files.read_json(session.run_dir / "progress.json", {}) or {}).get("step") or 0
+    step = files.read_json(session.run_dir / "progress.json", {}).get("step") or 0
     if step > session.failed_at:
         session.failed_at, session.failures = step, 0
     session.failures += 1
@@ -131,9 +130,8 @@ def retry(session: Session, failed: Failure) -> Failure | None:
 def _rewind(session: Session, told: str, how: str) -> None:
     """Brings the folder back to where the next attempt begins: the last checkpoint, or before the first step."""
     found = checkpoint_folders.steps(session.run_dir / "checkpoints")
-    if found:
-        run_folder.clear_errors(session.run_dir)
-    else:
+    run_folder.clear_errors(session.run_dir)
+    if not found:
         run_folder.clear_training(session.run_dir)
     step = found[-1] if found else 0
     status.write_progress(session.run_dir, phase="start ranks", step=step, note="")

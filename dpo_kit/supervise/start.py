@@ -65,18 +65,14 @@ def begin(run_dir: Path, config: Config | None = None, made: dict[str, Any] | No
         run = read_facts(run_dir)
         found, before = resuming.decide(run, config), run.status
         if found.act == "attach":
-            raise UserError(
-                f"{run.name} is being started by another process; see `{manifest.command('show', run_dir)}`"
-            )
+            show = manifest.command("show", run_dir)
+            raise UserError(f"{run.name} is being started by another process; see `{show}`")
         if found.act == "refuse":
             raise UserError(found.told)
         if found.act == "skip":
             return found
-        aside = ""
-        if found.act == "start anew":
-            aside = run_folder.clear(run_dir)
-        else:
-            run_folder.clear_requests(run_dir)
+        aside = run_folder.clear(run_dir) if found.act == "start anew" else ""
+        run_folder.clear_requests(run_dir)
         # First the status: with another configuration the model that is there is not what was asked for.
         fields: dict[str, Any] = {"attempt": int(before.get("attempt") or 1) + 1, "step": found.step}
         if found.act == "finish":
@@ -123,9 +119,8 @@ def start_supervisor(run_dir: Path, owner: str | None = None) -> subprocess.Pope
 def supervisor_words(run_dir: Path, code: int) -> str:
     """What a supervisor that ended before its first word has said."""
     said = last_line(run_dir / "logs" / "supervisor.log")
-    return (
-        f"its supervisor ended with status {code}" + (f": {said}" if said else "") + " (logs/supervisor.log)"
-    )
+    cause = f": {said}" if said else ""
+    return f"its supervisor ended with status {code}{cause} (logs/supervisor.log)"
 
 
 def spawn_detached(

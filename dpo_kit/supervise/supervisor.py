@@ -99,7 +99,11 @@ def supervise(
     with lock.lock(run_dir), _signals(session):
         run_folder.reserve_room(run_dir)
         (run_dir / "logs").mkdir(exist_ok=True)
-        state, message, mistake = _guarded(session, modules)
+        try:
+            state, message, mistake = _run(session, *modules)
+        except Exception as error:  # of our own: a failed run, too
+            traceback.print_exc()
+            state, message, mistake = "failed", f"supervisor: {one_line(error)}", False
         if foreground and mistake and _leaves_nothing(session):
             run_folder.remove_folder(run_dir)
             raise UserError(re.sub(r" \(logs/\S+\)$", "", message))  # the log is gone, too
@@ -114,18 +118,10 @@ def _leaves_nothing(session: Session) -> bool:
     return is_first and is_early and facts.is_spare(session.run_dir)
 
 
-def _guarded(session: Session, modules: tuple[str, str, str]) -> tuple[str, str, bool]:
-    """State, message, and whether a user's mistake is to blame; an error of our own is a failed run, too."""
-    try:
-        return _run(session, *modules)
-    except Exception as error:
-        traceback.print_exc()
-        return "failed", f"supervisor: {one_line(error)}", False
-
-
 def _run(
     session: Session, prepare_module: str, worker_module: str, samples_module: str
 ) -> tuple[str, str, bool]:
+    """State, message, and whether a user's mistake is to blame."""
     status = update_status(
         session.run_dir, state="running", supervisor=identify(), started_at=time.time(), message=""
     )
@@ -137,8 +133,7 @@ def _run(
     if session.stop:
         return session.stop, "before it began", False
     if not status.get("trained"):  # else an earlier attempt was ended while it made the samples
-        ended = _prepare_and_train(session, prepare_module, worker_module)
-        if ended:
+        if ended := _prepare_and_train(session, prepare_module, worker_module):
             return ended
         update_status(session.run_dir, trained=True)
     _make_samples(session, samples_module)
@@ -146,7 +141,7 @@ def _run(
         update_status(session.run_dir, repetition=told)
         if session.lines:
             session.lines.write(told)
-    note = (files.read_json(session.run_dir / "progress.json", {}) or {}).get("note")
+    note = files.read_json(session.run_dir / "progress.json", {}).get("note")
     return "done", restarts.halved_text(session) or note or "", False
 
 
@@ -177,9 +172,8 @@ def _how_stopped(session: Session, codes: list[int | None]) -> str:
     if killed and session.leave:
         return f"as asked, at once: rank {killed} was killed before its state was saved"
     if killed:
-        return (
-            f"as asked; rank {killed} did not end within {session.config.cluster.grace_s:g} s and was killed"
-        )
+        limit = f"{session.config.cluster.grace_s:g} s"
+        return f"as asked; rank {killed} did not end within {limit} and was killed"
     if -signal.SIGTERM in codes or metrics.last_record(session.run_dir) is None:
         return "as asked, before the first step: there was nothing to save"
     return "as asked, with the state saved"
@@ -190,20 +184,11 @@ def _finish(session: Session, state: str, message: str, mistake: bool) -> None:
     run_folder.free_reserve(session.run_dir)
     with contextlib.suppress(Exception):  # progress that cannot be read must not hide how the run ended
         merge(session)
-    # The clock of the last phase is still running.
-    progress = session.written
-    phases = progress.get("phases", [])
-    if progress:
-        phases = add_seconds(phases, progress["phase"], time.time() - progress["phase_started_at"])
-    status = update_status(
-        session.run_dir,
-        state=state,
-        message=message,
-        mistake=mistake,
-        ended_at=time.time(),
-        phases=phases,
-        ranks=[],
-    )
+    now, progress, phases = time.time(), session.written, []
+    if progress:  # the clock of the last phase is still running
+        phases = add_seconds(progress["phases"], progress["phase"], now - progress["phase_started_at"])
+    ended = {"state": state, "message": message, "mistake": mistake, "ended_at": now}
+    status = update_status(session.run_dir, **ended, phases=phases, ranks=[])
     clear_stop(session.run_dir)
     if state == "done" and session.config.recover.keep != "all":  # not before `done` is on the disk
         checkpoints = session.run_dir / "checkpoints"
@@ -295,17 +280,13 @@ def _make_samples(session: Session, module: str) -> None:
     if session.config.evaluator.num_samples == 0:
         return
     write_progress(session.run_dir, phase="samples")
-    if session.stop:
+    code = None if session.stop else _run_child(session, module, "samples")
+    if code == ExitStatus.DONE:
+        note = "made"
+    elif session.stop:
         note = "not made: the run was asked to stop"
     else:
-        code = _run_child(session, module, "samples")
-        note = (
-            "made"
-            if code == ExitStatus.DONE
-            else f"failed: {restarts.child_failure(session.run_dir, 'samples', code).message}"
-        )
-        if session.stop and code != ExitStatus.DONE:
-            note = "not made: the run was asked to stop"
+        note = f"failed: {restarts.child_failure(session.run_dir, 'samples', code).message}"
     update_status(session.run_dir, samples=note)
     if note != "made" and session.lines:
         session.lines.write(f"samples {note}")
@@ -329,9 +310,8 @@ def _signals(session: Session) -> Iterator[None]:
         elif time.monotonic() - session.stop_at > _SECOND_SIGNAL_S:
             session.leave = True
 
-    before = {
-        number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    }
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield
     finally:
@@ -350,9 +330,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m dpo_kit.supervise.supervisor", description=__doc__.split("\n")[0]
     )
     parser.add_argument("run_dir", type=Path)
-    parser.add_argument(
-        "--owner", "--owner-pid", type=_owner, action="append", default=[], metavar="PID[@START]"
-    )
+    parser.add_argument("--owner", type=_owner, action="append", default=[], metavar="PID[@START]")
     given = parser.parse_args(arguments)
     guard_output()
     try:

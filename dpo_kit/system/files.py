@@ -88,9 +88,8 @@ def read_json(path: Path, default: Any = None) -> Any:
             f"{path} is not JSON ({error}); the file was changed or cut outside the kit: put it back, or remove it"
         ) from None
     if isinstance(default, dict) and not isinstance(content, dict):
-        raise UserError(
-            f"{path} holds no JSON object; the file was changed outside the kit: put it back, or remove it"
-        )
+        what = "the file was changed outside the kit: put it back, or remove it"
+        raise UserError(f"{path} holds no JSON object; {what}")
     return content
 
 
@@ -117,15 +116,17 @@ def remembered(cache: Path | None, key: str, make: Callable[[], Any]) -> Any:
     return known[key]
 
 
-_TAIL_BYTES = 8192
+def tail(file: Path, most_bytes: int) -> bytes:
+    """The end of a file; empty where there is none."""
+    try:
+        with open(file, "rb") as opened:
+            opened.seek(max(0, file.stat().st_size - most_bytes))
+            return opened.read()
+    except FileNotFoundError:
+        return b""
 
 
 def last_line(log: Path) -> str:
     """The last line of a log that is not empty, cut to 300 characters."""
-    try:
-        with open(log, "rb") as file:
-            file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
-            lines = file.read().decode("utf-8", "replace").split("\n")
-    except FileNotFoundError:
-        return ""
+    lines = tail(log, 8192).decode("utf-8", "replace").split("\n")
     return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "")

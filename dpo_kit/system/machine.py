@@ -117,22 +117,18 @@ def free_bytes_of_rank(num_ranks: int, *, on_cuda: bool) -> int:
         num_ranks: ranks on this machine.
         on_cuda: each has a device of its own.
     """
-    if on_cuda:
-        on_devices = free_device_bytes()
-        if on_devices is not None:
-            return on_devices
+    if on_cuda and (on_devices := free_device_bytes()) is not None:
+        return on_devices
     return free_host_bytes() // num_ranks
 
 
 def free_host_bytes() -> int:
     """Memory that can be had without swapping, within the limit of this process's control group."""
     free = psutil.virtual_memory().available
-    try:
-        limit = (_CGROUP / "memory.max").read_text().strip()
-        if limit != "max":
-            free = min(free, int(limit) - int((_CGROUP / "memory.current").read_text()))
-    except (OSError, ValueError):  # another kind of control group, or another system
-        pass
+    # It may set no limit ("max"), be of another kind, or belong to another system.
+    with contextlib.suppress(OSError, ValueError):
+        limit = int((_CGROUP / "memory.max").read_text())
+        free = min(free, limit - int((_CGROUP / "memory.current").read_text()))
     return max(0, free)
 
 

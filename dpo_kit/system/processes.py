@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 
@@ -149,21 +149,16 @@ def _watch_parent(parent: int, poll_s: float) -> None:
 def _with_descendants(pids: Iterable[int]) -> list[psutil.Process]:
     found: dict[int, psutil.Process] = {}
     for pid in pids:
-        try:
+        with contextlib.suppress(psutil.NoSuchProcess):
             process = psutil.Process(pid)
-            for member in [process, *process.children(recursive=True)]:
-                found[member.pid] = member
-        except psutil.NoSuchProcess:
-            continue
+            found |= {member.pid: member for member in [process, *process.children(recursive=True)]}
     return list(found.values())
 
 
 def _signal_all(processes: list[psutil.Process], number: int) -> None:
     for process in processes:
-        try:
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
             process.send_signal(number)
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
 
 
 def _wait_gone(processes: list[psutil.Process], timeout_s: float) -> list[psutil.Process]:
@@ -218,6 +213,13 @@ def wait_to_go() -> None:
         os._exit(0)
 
 
+def leave(code: int) -> NoReturn:
+    """Ends this process at once: nothing is torn down, which takes torch most of a second or waits for other ranks."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def let_go(child: subprocess.Popen) -> None:
     """Lets a child go that waits; one that has ended meanwhile is found by its exit status."""
     assert child.stdin is not None
@@ -237,21 +239,15 @@ def answer_requests() -> None:
 
 def rank_environment(num_ranks: int, rank: int) -> dict[str, str]:
     """Environment of one rank on this machine: loopback only, the cores shared out."""
+    loopback = "lo" if sys.platform == "linux" else "lo0"
     return {
         **os.environ,
-        **child_environment(),
+        **child_variables(),
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(num_ranks),
         "OMP_NUM_THREADS": str(max(1, physical_cores() // num_ranks)),
-        "GLOO_SOCKET_IFNAME": loopback(),
-        "NCCL_SOCKET_IFNAME": loopback(),
+        "GLOO_SOCKET_IFNAME": loopback,
+        "NCCL_SOCKET_IFNAME": loopback,
         "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONPATH": python_path(),
-        "PYTHONUNBUFFERED": "1",
     }
-
-
-def loopback() -> str:
-    """Name of the loopback interface."""
-    return "lo" if sys.platform == "linux" else "lo0"

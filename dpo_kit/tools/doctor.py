@@ -114,12 +114,7 @@ def _places(config: Config, report: _Report) -> bool:
     checks: tuple[tuple[str, str, Callable[[Config], object], bool], ...] = (
         ("models", f"{config.actor.path}; the reference reads the same tokens", preflight.check_models, True),
         ("memory", "weights, optimizer and the longest pair fit", fits.check_memory, False),
-        (
-            "disk",
-            f"checkpoints and the model fit below {config.cluster.fileroot}",
-            fits.check_disk,
-            False,
-        ),
+        ("disk", f"checkpoints and the model fit below {config.cluster.fileroot}", fits.check_disk, False),
         ("data files", config.train_dataset.path, preflight.check_data, True),
     )
     for name, fine, check, is_needed in checks:
@@ -168,9 +163,8 @@ def _data(config: Config, report: _Report, bad_rows: str) -> PairStore | None:
     report.problems("data", f"{made['kept']} pairs of the first {made['rows']} rows", _rows(store, bad_rows))
     tokenizer = builtin.load_tokenizer(store.tokenizer_path)
     own = builtin.load_tokenizer(config.actor.path)
-    report.problems(
-        "text", "responses end once, as the tokenizer ends them", inspection.texts(store, tokenizer, own)
-    )
+    fine = "responses end once, as the tokenizer ends them"
+    report.problems("text", fine, inspection.texts(store, tokenizer, own))
     report.add("scored", marked(store, 0, tokenizer))
     return store
 
@@ -183,11 +177,8 @@ def _rows(store: PairStore, bad_rows: str) -> Iterable[Finding]:
         if not (unusable and bad_rows == "strict" and finding.name == inspection.DROPPED):
             yield finding
     if unusable and bad_rows == "strict":
-        yield Finding(
-            "bad",
-            inspection.DROPPED,
-            f"{made['dropped'][UNUSABLE]} of {made['rows']} rows cannot be used; {unusable[0]}",
-        )
+        share = f"{made['dropped'][UNUSABLE]} of {made['rows']} rows"
+        yield Finding("bad", inspection.DROPPED, f"{share} cannot be used; {unusable[0]}")
 
 
 def marked(store: PairStore, i: int, tokenizer: Any) -> str:
@@ -228,38 +219,26 @@ def _training(config: Config, store: PairStore, report: _Report) -> None:
 
 def _steps(engine: Engine, report: _Report) -> None:
     """One step as configured, then a few on four pairs."""
-    config = engine.config
+    config, options = engine.config, engine.config.actor.optimizer
     rows = np.arange(min(config.train_dataset.batch_size, len(engine.train), 8))
     before = {name: parallel.full_tensor(p).clone() for name, p in parallel.masters(engine.policy).items()}
     engine.policy.train()
-    loss = _step(
-        engine, make_optimizer(engine.policy, config.actor.optimizer), rows, config.actor.optimizer.lr
-    )
+    loss = _step(engine, make_optimizer(engine.policy, options), rows, options.lr)
     expected = loss_at_reference(config.actor.loss_type, config.actor.beta)
     close = abs(loss - expected) <= (1e-3 if config.actor.dtype != "bfloat16" else 3e-2) * max(1.0, expected)
     if engine.policy_is_reference:
         text = f"the first loss is {loss:.6f}, expected {expected:.6f}"
-        why = (
-            "; dropout is on"
-            if not config.actor.disable_dropout
-            else "; policy and reference do not compute the same"
-        )
+        is_off = config.actor.disable_dropout
+        why = "; policy and reference do not compute the same" if is_off else "; dropout is on"
         report.add("first loss", text if close else f"{text}: {why}", "ok" if close else "bad")
     else:
         report.add("first loss", f"{loss:.6f}; the reference is another model")
     after = {name: parallel.full_tensor(p) for name, p in parallel.masters(engine.policy).items()}
     still = [name for name, value in before.items() if torch.equal(value, after[name])]
     if still:
-        which = (
-            "no weight"
-            if len(still) == len(before)
-            else f"{len(before) - len(still)} of {len(before)} weights"
-        )
-        why = (
-            "the learning rate is 0"
-            if config.actor.optimizer.lr == 0
-            else f"frozen: {', '.join(still[:3])} ..."
-        )
+        moved = len(before) - len(still)
+        which = f"{moved} of {len(before)} weights" if moved else "no weight"
+        why = f"frozen: {', '.join(still[:3])} ..." if options.lr else "the learning rate is 0"
         report.add("one step", f"{which} changed ({why})", "bad")
     else:
         report.add("one step", f"all {len(before)} weights changed")
@@ -271,9 +250,8 @@ def _overfit(engine: Engine, report: _Report) -> None:
     options = engine.config.actor.optimizer
     optimizer, lr = make_optimizer(engine.policy, options), max(OVERFIT_LR, options.lr)
     losses = [_step(engine, optimizer, rows, lr) for _ in range(OVERFIT_STEPS)]
-    text = (
-        f"loss {losses[0]:.3f} -> {losses[-1]:.3f} in {OVERFIT_STEPS} steps on {len(rows)} pairs at lr {lr:g}"
-    )
+    text = f"loss {losses[0]:.3f} -> {losses[-1]:.3f} in {OVERFIT_STEPS} steps"
+    text += f" on {len(rows)} pairs at lr {lr:g}"
     if losses[-1] <= LEARNED * losses[0]:
         report.add("overfit", text)
     else:

@@ -64,7 +64,8 @@ def make(config: Config, *, probe: bool = True) -> dict[str, Any]:
     train, valid = _stores(config)
     free = machine.free_bytes_of_rank(num_ranks, on_cuda=bool(config.cluster.n_gpus_per_node))
     tokens = _tokens(config, shape, train, num_ranks, free)
-    needed = step_bytes(shape, config, num_ranks=num_ranks, tokens=tokens["largest_micro_batch"])
+    largest, longest = tokens["largest_micro_batch"], tokens.get("longest_pair") or 1
+    needed = step_bytes(shape, config, num_ranks=num_ranks, tokens=largest)
     found: dict[str, Any] = {
         "model": {"path": config.actor.path, "params": shape.params, "dtype": config.actor.dtype},
         "ranks": num_ranks,
@@ -75,14 +76,8 @@ def make(config: Config, *, probe: bool = True) -> dict[str, Any]:
         "disk": None,
         "problems": [],
     }
-    largest = tokens["largest_micro_batch"]
     no_memory = memory_problem(
-        shape,
-        config,
-        num_ranks=num_ranks,
-        tokens=largest,
-        longest=tokens.get("longest_pair") or 1,
-        free_bytes=free,
+        shape, config, num_ranks=num_ranks, tokens=largest, longest=longest, free_bytes=free
     )
     if probe and train is not None and not no_memory:
         found["time"] = _time(config, shape, folder, found, train, valid)
@@ -200,9 +195,8 @@ def _time(
     step = (forward * (2 if online else 1) + backward) * tokens["busiest_rank_per_step"]
     step += seconds["update"] * shape.params / seconds["params"]
     to_reference = 0 if online else _missing_tokens(config, train, valid)
-    valid_tokens = (
-        0 if valid is None else int(pair_costs(valid.all_lengths(), config.actor.share_prompt).sum())
-    )
+    share = config.actor.share_prompt
+    valid_tokens = 0 if valid is None else int(pair_costs(valid.all_lengths(), share).sum())
     num_evaluations, num_exports, _ = _counts(config, tokens["pairs"], step)
     weights = shape.params * DTYPE_BYTES[config.actor.dtype]
     parts = {
@@ -289,9 +283,9 @@ def _disk(
         "records": tokens.get("steps", 0) * METRICS_BYTES + evaluations * num_valid * EVALUATION_BYTES,
     }
     free, other = machine.free_disk(root), sum(parts.values()) - parts["exports"] - parts["checkpoints"]
-    problem = disk_need(
+    _, problem = disk_need(
         shape, config, checkpoints=checkpoints, models=exports, free_bytes=free, other_bytes=other
-    )[1]
+    )
     return {**parts, "total": sum(parts.values()), "free": free}, problem
 
 
@@ -330,10 +324,6 @@ def _gib(value: float) -> str:
 
 
 def _seconds(value: float) -> str:
-    return (
-        f"{value:,.1f} s"
-        if value < 120
-        else f"{value / 60:,.1f} min"
-        if value < 7200
-        else f"{value / 3600:,.1f} h"
-    )
+    if value < 120:
+        return f"{value:,.1f} s"
+    return f"{value / 60:,.1f} min" if value < 7200 else f"{value / 3600:,.1f} h"

@@ -25,11 +25,8 @@ def list_table(fileroot: str | Path) -> str:
         except UserError as error:
             status = {"state": "unknown", "message": str(error)}
         created = time.strftime("%Y-%m-%d %H:%M", time.localtime(status.get("created_at") or 0))
-        told = (
-            progress.describe(status)
-            if status["state"] in ("queued", "running")
-            else status.get("message") or ""
-        )
+        is_live = status["state"] in ("queued", "running")
+        told = progress.describe(status) if is_live else status.get("message") or ""
         rows.append([run.name, status["state"], steps_text(status), created, told])
     if not rows:
         return f"no runs under {fileroot}"
@@ -40,27 +37,20 @@ def show_text(run: Run) -> str:
     """State, figures and places of one run."""
     status, made = run.status, manifest.read(run.dir)
     lines = [f"{run.name}", f"  state    {progress.describe(status)}", f"  step     {steps_text(status)}"]
-    last = metrics.last_record(run.dir)
-    if last:
-        figures = [
-            f"{key} {last[key]:.6g}"
-            for key in ("dpo/loss", "dpo/reward_accuracy")
-            if last.get(key) is not None
-        ]
+    if last := metrics.last_record(run.dir):
+        names = ("dpo/loss", "dpo/reward_accuracy")
+        figures = [f"{name} {last[name]:.6g}" for name in names if last.get(name) is not None]
         lines.append(f"  last     step {last['step']}: {', '.join(figures)}")
     lines += [f"  {finding.level:<8} {finding.told}" for finding in findings.read(run.dir)]
     if parent := made.get("parent"):
         lines.append(f"  fork of  {manifest.fork_text(parent)}")
     if kept := run.checkpoints():
         lines.append(f"  goes on  from a checkpoint of step {', '.join(map(str, kept))}")
-    for phase in status.get("phases", []):
-        lines.append(f"  phase    {phase['name']}: {phase['seconds']:.1f} s")
-    for error in read_rank_errors(run.dir):
-        lines.append(f"  error    {error['rank']}: {error['error']}")
+    lines += [f"  phase    {phase['name']}: {phase['seconds']:.1f} s" for phase in status.get("phases", [])]
+    lines += [f"  error    {error['rank']}: {error['error']}" for error in read_rank_errors(run.dir)]
     if status.get("samples"):
         lines.append(f"  samples  {status['samples']}")
-    owner = lock.lock_owner(run.dir)
-    if owner:
+    if owner := lock.lock_owner(run.dir):
         lines.append(f"  process  supervisor {owner['pid']} on {owner['host']}; ranks {status.get('ranks')}")
         lines.append(f"  stop     {manifest.command('stop', run.dir)}")
     versions = made.get("versions", {})

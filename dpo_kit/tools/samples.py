@@ -9,7 +9,6 @@ Not here: judging answers (`ranking`, `analysis`), showing them (`notebook`).
 
 from __future__ import annotations
 
-import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -130,7 +129,7 @@ def answer(
     progress: Callable[[int], None] = lambda _: None,
 ) -> dict[str, list[list[int]]]:
     """Answers of the run's reference and of its newest export, as token ids, under "reference" and "policy"."""
-    e = config.evaluator
+    options = config.evaluator
     models = {
         "reference": (config.ref.path, config.ref.dtype),
         "policy": (str(latest_export(run_dir)), config.actor.dtype),
@@ -141,9 +140,9 @@ def answer(
             load_plain(path, dtype),
             prompts,
             end_ids=end_ids,
-            max_new_tokens=e.max_new_tokens,
-            temperature=e.temperature,
-            seed=e.samples_seed,
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            seed=options.samples_seed,
             done=len(found) * len(prompts),
             progress=progress,
         )
@@ -254,8 +253,4 @@ def main(run_dir: Path) -> int:
 if __name__ == "__main__":
     preload()
     processes.imported()
-    # os._exit: the supervisor waits for this process, and taking torch down takes most of a second.
-    code = main(Path(sys.argv[1]))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    processes.leave(main(Path(sys.argv[1])))

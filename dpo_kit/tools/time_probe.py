@@ -188,11 +188,8 @@ class Clock:
 
     def block(self) -> tuple[float, float]:
         """Seconds of one block in the forward and in the backward of the last micro-batch."""
-        between = NUM_BLOCKS - 1
-        return (
-            (self.forward[-1] - self.forward[0]) / between,
-            (self.backward[-1] - self.backward[0]) / between,
-        )
+        forward, backward = ((at[-1] - at[0]) / (NUM_BLOCKS - 1) for at in (self.forward, self.backward))
+        return forward, backward
 
     def _begins(self, layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         if len(self.forward) == NUM_BLOCKS:  # run again in the backward

@@ -114,7 +114,7 @@ def test_training_lines_are_one_a_step_with_the_names_of_the_seed(smoke):
     # The four steps take each of the 32 pairs once; a prompt counts for both of its responses.
     store = open_store(json.loads((smoke / "data.json").read_text())["train"])
     tokens = sum(m["tokens_per_second"] * m["step_s"] for m in lines)
-    assert tokens == pytest.approx(sum(sum(store.lengths(i)[1:]) for i in range(len(store))))
+    assert tokens == pytest.approx(int(store.all_lengths()[:, 1:].sum()))
 
 
 def test_evaluation_lines_hold_nothing_else_and_begin_before_training(smoke):
