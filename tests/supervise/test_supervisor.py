@@ -412,7 +412,7 @@ def test_the_foreground_says_something_at_once_and_keeps_talking(make_run, capsy
     )
     assert supervise(run_dir, foreground=True, lines=Lines(run_dir), **MODULES) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert any(line.startswith("start ranks: 0 s of about 20 s, a guess") for line in lines)
+    assert any(line.startswith("start ranks: ") for line in lines)
     assert sum(line.startswith("reference pass: 3/9, ") for line in lines) >= 2
     assert any(line.startswith("reference pass: done in 4.") for line in lines)
     assert sum(line.startswith("training: step ") for line in lines) >= 5
