@@ -229,7 +229,7 @@ def _steps(engine: Engine, report: _Report) -> None:
     if engine.policy_is_reference:
         text = f"the first loss is {loss:.6f}, expected {expected:.6f}"
         is_off = config.actor.disable_dropout
-        why = "; policy and reference do not compute the same" if is_off else "; dropout is on"
+        why = "policy and reference do not compute the same" if is_off else "dropout is on"
         report.add("first loss", text if close else f"{text}: {why}", "ok" if close else "bad")
     else:
         report.add("first loss", f"{loss:.6f}; the reference is another model")
