@@ -354,7 +354,7 @@ def fingerprint(path: str, cache: Path | None = None, progress: Progress = lambd
     sizes = [file.stat().st_size for file in files]
     for i, file in enumerate(files):
         # The last word: hashes that earlier versions kept tell nothing of the values.
-        key = f"{file.resolve()}:{sizes[i]}:{file.stat().st_mtime_ns}:finite"
+        key = f"{file.resolve()}:{sizes[i]}:{file.stat().st_mtime_ns}:{file.stat().st_ctime_ns}:finite"
         before, whole = sum(sizes[:i]), sum(sizes)
 
         def told(done: int, before: int = before, whole: int = whole) -> None:
@@ -406,7 +406,7 @@ def stamp(path: str) -> str:
     for file in sorted([*folder.glob("*"), *folder.glob("*/*")]):
         if file.is_file():
             state = file.stat()
-            parts.append([str(file.relative_to(folder)), state.st_size, state.st_mtime_ns])
+            parts.append([str(file.relative_to(folder)), state.st_size, state.st_mtime_ns, state.st_ctime_ns])
     parts += [hashlib.sha256(content).hexdigest() for content in side_files(folder).values()]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 

@@ -10,7 +10,7 @@ in a folder (`model_folder`), writing one (`export`).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -266,9 +266,11 @@ def _whole(folder: Path, dtype: torch.dtype) -> Any:
     """A model as transformers loads it."""
     from transformers import AutoModelForCausalLM
 
-    lm: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, trust_remote_code=False, use_safetensors=True
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
     )
+    lm, told = loaded
+    _refuse_changed(folder, sorted(told["missing_keys"]))
     head = lm.get_output_embeddings()
     if head is not None and head.weight is not lm.get_input_embeddings().weight:
         lm.config.tie_word_embeddings = False  # whatever config.json says
@@ -292,16 +294,29 @@ def _fill(model: PairModel, folder: Path) -> None:
     from safetensors import safe_open
 
     params = dict(model.lm.named_parameters(remove_duplicate=True))
-    missing = set(params)
+    missing, other = set(params), []
     for file in model_folder.weight_files(folder):
         with safe_open(file, framework="pt") as f:
             for name in f.keys():  # noqa: SIM118 - a safe_open handle is no mapping
                 if (place := _place(name, params)) is not None:
-                    copy_into(params[place], f.get_tensor(name))
+                    full = f.get_tensor(name)
+                    if full.shape != params[place].shape:
+                        other.append(name)
+                        continue
+                    copy_into(params[place], full)
                     missing.discard(place)
-    assert not missing, f"weights that were not read: {sorted(missing)[:3]}"
+    _refuse_changed(folder, [*other, *sorted(missing)])
     on_meta = [n for n, b in model.named_buffers() if b.is_meta]
     assert not on_meta, f"buffers without values: {on_meta}"
+
+
+def _refuse_changed(folder: Path, names: Sequence[str]) -> None:
+    """`check` has seen a folder whose weights are all there: one that is short of some has changed since."""
+    if names:
+        first = ", ".join(names[:3])
+        raise UserError(
+            f"{folder}: weights are missing or of another shape ({first}); were its files changed since the run began?"
+        )
 
 
 def _place(name: str, params: dict[str, Any]) -> str | None:

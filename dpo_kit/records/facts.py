@@ -114,7 +114,7 @@ def read_facts(
             num_pairs=made.get("data", {}).get("train", {}).get("num_pairs"),
             longest_pair=settled.get("longest_pair", 0),
         )
-    except UserError as error:
+    except (UserError, OSError) as error:  # a live run removes checkpoints while they are looked at
         return Facts(run_dir, now, damaged=str(error))
 
 
@@ -138,6 +138,8 @@ def _quick_damage(folder: Path) -> str:
 def at_step(run_dir: Path, step: int, config: Config) -> Point:
     """What the checkpoint of a step, which is whole, says that it is of; `config` is the run's own."""
     facts = read_json(run_dir / "checkpoints" / f"step-{step}" / STATE)
+    if not facts:
+        raise UserError(f"{run_dir} removed its checkpoint of step {step} meanwhile (recover.keep)")
     at = Point(step, facts["identity"])
     parent = manifest.parent(run_dir)
     return at.forked(config) if parent.get("step") == step else at

@@ -239,9 +239,11 @@ def _waiting_ranks(session: Session, module: str) -> Iterator[list[subprocess.Po
             for process, path, size in zip(ranks, logs, sizes, strict=False):
                 if process.stdin and not process.stdin.closed:
                     process.stdin.close()
-                    os.truncate(path, size)
-                    if not size:
-                        path.unlink()
+                    if process.returncode == -signal.SIGKILL:  # not by itself: it has nothing to say
+                        with contextlib.suppress(OSError):
+                            os.truncate(path, size)
+                            if not size:
+                                path.unlink()
 
 
 def _run_ranks(

@@ -105,15 +105,21 @@ def remembered(cache: Path | None, key: str, make: Callable[[], Any]) -> Any:
     Args:
         cache: a JSON object, for all processes.
         key: everything that the value depends on.
-        make: makes the value; what it raises is not remembered.
+        make: makes the value, which is not None; what it raises is not remembered.
     """
-    known = read_json(cache, {}) if cache else {}
-    if key not in known:
-        known[key] = make()
-        if cache:
+    if (value := _held(cache).get(key)) is None:
+        value = make()
+        if cache:  # read again: making it may have taken minutes, in which others have added theirs
             with contextlib.suppress(OSError):
-                atomic_write(cache, json.dumps(known, indent=1))
-    return known[key]
+                atomic_write(cache, json.dumps({**_held(cache), key: value}, indent=1))
+    return value
+
+
+def _held(cache: Path | None) -> dict[str, Any]:
+    """What a file remembers; nothing where it is damaged, for it is made again."""
+    with contextlib.suppress(UserError, OSError):
+        return read_json(cache, {}) if cache else {}
+    return {}
 
 
 def tail(file: Path, most_bytes: int) -> bytes:

@@ -54,13 +54,12 @@ def staged(
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     sweep(folder.parent, folder.name, abandoned=True)
-    part = _beside(folder, "part")
+    part, old = _beside(folder, "part"), _beside(folder, "old")
     try:
         part.mkdir()
         yield part
         for path in (part, *part.rglob("*")):
             _flush(path)
-        old = _beside(folder, "old")
         while not _renamed(part, folder):
             if if_there == "refuse":
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(folder))
@@ -72,6 +71,8 @@ def staged(
         _flush(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:
+        if old.exists() and not folder.exists():  # the second rename failed
+            old.rename(folder)
         shutil.rmtree(part, ignore_errors=True)
 
 

@@ -256,9 +256,36 @@ def test_models_that_cannot_be_served_are_refused_in_words(tmp_path):
     save_file({n: w for n, w in weights.items() if "norm" not in n}, path / "model.safetensors")
     with pytest.raises(UserError, match=r"weights are missing: model\.layers\.0"):
         pair_model.check(path)
-    # Who loads it without asking before trains nothing that is random.
-    with one_rank() as world, pytest.raises(AssertionError, match=r"not read: \['model\.layers\.0"):
+    changed = r"missing or of another shape \(model\.layers\.0.*were its files changed"
+    with one_rank() as world, pytest.raises(UserError, match=changed):  # after it was checked
         load_for_training(str(path), world)
     (path / "model.safetensors").rename(path / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"only pickled weights \(pytorch_model\.bin\)"):
         pair_model.check(path)
+
+
+def test_a_model_that_changes_after_its_check_is_not_trained_with_random_weights(tmp_path):
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path = tmp_path / "gpt2"  # of a family that transformers loads
+    config = AutoConfig.for_model("gpt2", vocab_size=264, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(path)
+    pair_model.check(path)
+    weights = load_file(path / "model.safetensors")
+    kept = {name: weight for name, weight in weights.items() if "h.1.attn.c_attn.weight" not in name}
+    save_file(kept, path / "model.safetensors", metadata={"format": "pt"})
+    changed = r"missing or of another shape \(.*h\.1\.attn\.c_attn\.weight"
+    with one_rank() as world, pytest.raises(UserError, match=changed):
+        load_for_training(str(path), world)
+
+
+def test_a_weight_of_another_shape_is_not_spread_over_its_place(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    path = Path(small_model(tmp_path / "m"))
+    weights = load_file(path / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"][:1]
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    with one_rank() as world, pytest.raises(UserError, match=r"another shape \(model\.norm\.weight"):
+        load_for_training(str(path), world)

@@ -244,3 +244,20 @@ def test_sizes_count_every_file(tmp_path):
     assert machine.size_of(target) == expected
     shutil.rmtree(target)
     assert machine.size_of(target) == 0
+
+
+def test_an_old_folder_gets_its_name_back_when_the_new_one_cannot_have_it(tmp_path, monkeypatch):
+    with folders.staged(tmp_path / "best", "replace") as part:
+        (part / "one").write_text("old")
+    renamed = folders._renamed
+
+    def fails(part, folder):
+        if not folder.exists():
+            raise OSError(5, "Input/output error")
+        return renamed(part, folder)
+
+    monkeypatch.setattr(folders, "_renamed", fails)
+    with pytest.raises(OSError, match="Input/output"), folders.staged(tmp_path / "best", "replace") as part:
+        (part / "one").write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
+    assert (tmp_path / "best" / "one").read_text() == "old"
