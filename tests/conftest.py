@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 
@@ -13,6 +14,9 @@ from tests.ranks import Ranks
 
 # Tiny models: two threads that wait for each other take up to 30 times the processor time of one. Ranks have their own.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A shell's background job is started deaf to SIGINT, and so would be all that tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
