@@ -54,13 +54,17 @@ def test_ranks_end_with_their_session(tmp_path):
         "import sys, time; from tests.ranks import Ranks; from tests import rank_functions\n"
         "Ranks(2).run(rank_functions.sleep_and_tell, sys.argv[1], 60)"
     )
-    parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
+    assert wait_gone(pids_of_a_killed_parent(code, tmp_path), 3.0)
+
+
+def pids_of_a_killed_parent(code, folder):
+    """What a process that runs this code had started (`rank_functions.sleep_and_tell`) before it was killed."""
+    parent = subprocess.Popen([sys.executable, "-c", code, str(folder)])
     try:
-        pids = wait_for_pids(tmp_path)
+        return wait_for_pids(folder)
     finally:
         parent.kill()
         parent.wait()
-    assert wait_gone(pids, 3.0)
 
 
 def wait_for_pids(folder, num_ranks=2, timeout_s=90.0):

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import atexit
 import functools
-import os
 import sys
 import time
 import traceback
@@ -287,9 +286,6 @@ def main(run_dir: Path) -> int:
 
 if __name__ == "__main__":
     processes.imported()
-    # os._exit: the supervisor waits for this process, and taking torch down takes most of a second.
     code = main(Path(sys.argv[1]))
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    processes.leave(code)

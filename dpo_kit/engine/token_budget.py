@@ -140,9 +140,6 @@ def check(config: Config, train: PairStore) -> None:
         raise UserError(f"{problem}, or lower train_dataset.max_length = {config.train_dataset.max_length}")
 
 
-# ---------------------------------------------------------------- settling
-
-
 def settle(engine: Engine, run_dir: Path) -> None:
     """Settles how many tokens a micro-batch may have, tells the engine, and writes it to the run; a collective.
 

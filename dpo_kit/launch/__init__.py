@@ -7,8 +7,9 @@
 Deliberately not here: what happens to a started run (supervise, runs).
 """
 
-from dpo_kit.launch.local import live, resume_in_foreground, run_in_foreground, start
+from dpo_kit.launch.local import resume_in_foreground, run_in_foreground, start
 from dpo_kit.launch.on_ranks import spawn
+from dpo_kit.launch.trial import live
 from dpo_kit.launch.world import resolve_world
 from dpo_kit.supervise.owner import is_headless
 

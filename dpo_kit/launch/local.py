@@ -9,7 +9,6 @@ Deliberately not here: what happens to a started run (supervise, runs), which fo
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import time
 from pathlib import Path
@@ -17,7 +16,7 @@ from pathlib import Path
 from dpo_kit.config import Config
 from dpo_kit.errors import ExitStatus, RunError, UserError
 from dpo_kit.launch import preflight, trial, world
-from dpo_kit.records import findings, manifest, run_folder
+from dpo_kit.records import findings, manifest
 from dpo_kit.runs import Run
 from dpo_kit.supervise import supervisor
 from dpo_kit.supervise.owner import is_headless
@@ -118,13 +117,3 @@ def foreground(run: Run, is_done: bool) -> int:
         print(run.epitaph(), file=sys.stderr, flush=True)
     world.print_line(str(run.dir))
     return code
-
-
-def live(fileroot: str | Path) -> list[Run]:
-    """Runs under a root that a supervisor is working on, oldest first."""
-    found = []
-    for folder in run_folder.list_runs(Path(fileroot)):
-        with contextlib.suppress(UserError):  # a damaged folder of another run is no reason to start none
-            if Run(folder).is_live:
-                found.append(Run(folder))
-    return found

@@ -5,13 +5,14 @@ Deliberately not here: what may go on from where (records/resuming), starting th
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 
 from dpo_kit import config as config_module
 from dpo_kit.config import Config, differences
 from dpo_kit.errors import UserError
-from dpo_kit.launch import local, preflight, world
+from dpo_kit.launch import preflight, world
 from dpo_kit.records import manifest, resuming, run_folder
 from dpo_kit.records.facts import Facts, read_facts
 from dpo_kit.runs import Run
@@ -19,9 +20,19 @@ from dpo_kit.supervise import start
 from dpo_kit.system import machine
 
 
+def live(fileroot: str | Path) -> list[Run]:
+    """Runs under a root that a supervisor is working on, oldest first."""
+    found = []
+    for folder in run_folder.list_runs(Path(fileroot)):
+        with contextlib.suppress(UserError):  # a damaged folder of another run is no reason to start none
+            if Run(folder).is_live:
+                found.append(Run(folder))
+    return found
+
+
 def live_alike(config: Config) -> Run | None:
     """A live run of the same trial name or configuration, to attach to; says so."""
-    for run in reversed(local.live(config.cluster.fileroot)):
+    for run in reversed(live(config.cluster.fileroot)):
         if run.dir.parent.name != config.experiment_name or config.trial_name not in (None, run.dir.name):
             continue
         try:

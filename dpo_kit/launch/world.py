@@ -18,9 +18,6 @@ from dpo_kit.system.processes import physical_cores
 Say = Callable[[str], None]
 
 
-# ---------------------------------------------------------------- devices
-
-
 def resolve_world(config: Config, say: Say | None = None) -> Config:
     """Fills in devices and ranks: `cluster.n_gpus_per_node` becomes a number, the backend gets its sizes.
 

@@ -109,7 +109,7 @@ def read_facts(
             lost="" if at else _lost(run_dir, []),
             at=at,
             passed=tuple(passed),
-            whole=tuple(other for other in there if not _quick_damage(folder / f"step-{other}")),
+            whole=tuple(n for n in there if n == step or not _quick_damage(folder / f"step-{n}")),
             trained=trained,
             num_pairs=made.get("data", {}).get("train", {}).get("num_pairs"),
             longest_pair=settled.get("longest_pair", 0),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -15,7 +14,7 @@ from dpo_kit.errors import UserError
 from dpo_kit.launch.on_ranks import spawn
 from dpo_kit.system import processes
 from tests import rank_functions
-from tests.test_ranks import wait_for_pids, wait_gone
+from tests.test_ranks import pids_of_a_killed_parent, wait_for_pids, wait_gone
 
 
 def test_results_come_in_rank_order():
@@ -88,10 +87,4 @@ def test_a_killed_parent_leaves_no_process(tmp_path):
         "import sys; from dpo_kit.launch.on_ranks import spawn; from tests import rank_functions\n"
         "spawn(rank_functions.sleep_and_tell, sys.argv[1], 60)"
     )
-    parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
-    try:
-        pids = wait_for_pids(tmp_path)
-    finally:
-        parent.kill()
-        parent.wait()
-    assert wait_gone(pids, 3.0)
+    assert wait_gone(pids_of_a_killed_parent(code, tmp_path), 3.0)

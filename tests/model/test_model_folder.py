@@ -25,6 +25,7 @@ from dpo_kit.model.costs import Shape
 from dpo_kit.model.parallel import DTYPES, masters
 from dpo_kit.preferences import open_store
 from tests.helpers import make_engine, one_rank, pair_of, random_pairs, store_of, tiny_config
+from tests.model.test_pair_model import load_for_training
 
 SIZES = {
     "vocab_size": 264,
@@ -591,14 +592,7 @@ def test_a_base_that_is_gone_at_the_end_is_no_loss(tmp_path):
     base = make(tmp_path / "base")
     tokenizer = builtin.load_tokenizer(str(base))
     with one_rank() as world:
-        policy = pair_model.load(
-            str(base),
-            world,
-            dtype=torch.float32,
-            trainable=True,
-            gradient_checkpointing=False,
-            longest_tokens=64,
-        )
+        policy = load_for_training(str(base), world)
         before = logits(base, "float32")
         shutil.rmtree(base)
         export.write(policy, tmp_path / "out", tokenizer, world, dtype=torch.float32, end_token_id=258)
@@ -613,14 +607,7 @@ def test_a_tokenizer_from_elsewhere_takes_the_place_of_the_models_own(tmp_path):
     (base / "NOTICE").write_text("of the base")
     tokenizer = builtin.load_tokenizer("tiny-random")
     with one_rank() as world:
-        policy = pair_model.load(
-            str(base),
-            world,
-            dtype=torch.float32,
-            trainable=True,
-            gradient_checkpointing=False,
-            longest_tokens=64,
-        )
+        policy = load_for_training(str(base), world)
         export.write(policy, tmp_path / "out", tokenizer, world, dtype=torch.float32, end_token_id=258)
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == tokenizer.chat_template
     assert not (tmp_path / "out" / "merges.txt").exists()
