@@ -46,7 +46,12 @@ class ClusterConfig:
 
 @dataclass
 class SchedulerConfig:
-    type: str = rule("local", choices=("local", "ray"))
+    type: str = rule("local", choices=("local", "ray", "slurm", "torchrun"))
+    address: str | None = (
+        None  # ours: of a Ray cluster; null: RAY_ADDRESS, a running one, else one of the run's own
+    )
+    wait_s: float = rule(60.0, ge=0)  # ours: for nodes that are not there yet
+    dry_run: bool = False  # ours: print the script that would be submitted to Slurm
 
 
 @dataclass

@@ -129,7 +129,7 @@ def main(run_dir: Path) -> int:
     rank = int(os.environ["RANK"])
     cuda = os.environ.get("DPO_KIT_DEVICE", "cpu") == "cuda"
     try:
-        world = init_world(cuda=cuda, init_method=f"file://{os.environ['DPO_KIT_INIT_FILE']}")
+        world = init_world(cuda=cuda, init_method=os.environ["DPO_KIT_INIT_METHOD"])
         run(run_dir, world, lambda: stop)
     except Stopped:
         status = ExitStatus.STOPPED

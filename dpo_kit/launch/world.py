@@ -1,4 +1,4 @@
-"""Devices and ranks of a run on this machine: `auto` becomes numbers, and what is not there is refused.
+"""Devices and ranks of a run: `auto` becomes numbers, and what is not there is refused.
 
 Deliberately not here: how devices are found (system/machine).
 """
@@ -6,16 +6,20 @@ Deliberately not here: how devices are found (system/machine).
 from __future__ import annotations
 
 import copy
+import importlib.util
 import os
 from collections.abc import Callable
 
 from dpo_kit import config as config_module
 from dpo_kit.config import Config
 from dpo_kit.errors import ConfigError, UserError
+from dpo_kit.supervise import nodes
 from dpo_kit.system import machine
 from dpo_kit.system.processes import physical_cores
 
 Say = Callable[[str], None]
+# What a scheduler needs; an extra of its name installs it.
+_PACKAGES = {"ray": "ray", "slurm": "submitit"}
 
 
 def resolve_world(config: Config, say: Say | None = None) -> Config:
@@ -26,33 +30,37 @@ def resolve_world(config: Config, say: Say | None = None) -> Config:
         say: where to say what was chosen; prints by default.
 
     Raises:
-        UserError: more ranks or devices than there are (both numbers named), a scheduler that is not built
-            yet, or a contradiction that only shows with the numbers filled in.
+        UserError: more ranks or devices than there are (both numbers named), a scheduler whose package is missing,
+            or a contradiction that only shows with the numbers filled in.
     """
     say = say or print_line
-    if config.scheduler.type != "local":
-        raise UserError(
-            f"scheduler.type = {config.scheduler.type!r} loads, but launching on it comes later;"
-            " use scheduler.type=local"
-        )
+    _check_package(config.scheduler.type)
     config = copy.deepcopy(config)
     visible = machine.visible_devices()
     wanted = config.cluster.n_gpus_per_node
+    is_here = config.scheduler.type == "local"
     if wanted == "auto":
         config.cluster.n_gpus_per_node = visible
-    elif int(wanted) > visible:
+    elif is_here and int(wanted) > visible:
         raise ConfigError([machine.too_many(int(wanted), visible)])
-    _fill_backend(config, automatic=wanted == "auto")
+    _fill_backend(config, automatic=is_here and wanted == "auto")
     config_module.check(config)
-    say(_devices_text(config, visible))
+    say(_devices_text(config, visible) if is_here else _nodes_text(config))
     return config
+
+
+def _check_package(scheduler: str) -> None:
+    package = _PACKAGES.get(scheduler)
+    if package and importlib.util.find_spec(package) is None:
+        extra = f"dpo-kit[{scheduler}]"
+        raise UserError(f'scheduler.type = {scheduler!r} needs {package}; run: pip install "{extra}"')
 
 
 def _fill_backend(config: Config, *, automatic: bool) -> None:
     backend = config_module.parse_backend(config.actor.backend)
     num_devices = int(config.cluster.n_gpus_per_node)
     if not backend.explicit:
-        sized = f"{backend.kind}:d{max(1, num_devices)}p1t1"
+        sized = f"{backend.kind}:d{config.cluster.n_nodes * max(1, num_devices)}p1t1"
         if config.ref.backend == config.actor.backend:
             config.ref.backend = sized
         config.actor.backend = sized
@@ -77,6 +85,21 @@ def _devices_text(config: Config, visible: int) -> str:
         return f"{num_ranks} CPU rank{plural} (gloo), {threads} thread{'s' if threads > 1 else ''} each"
     spare = f"; {visible - num_ranks} of {visible} visible devices stay unused" if num_ranks < visible else ""
     return f"{num_ranks} CUDA rank{plural} (NCCL){spare}"
+
+
+def _nodes_text(config: Config) -> str:
+    """What runs where, and once which backend would take all devices."""
+    cluster, backend = config.cluster, config_module.parse_backend(config.actor.backend)
+    num_ranks, num_devices = backend.world_size, cluster.n_nodes * int(cluster.n_gpus_per_node)
+    each = ", ".join(map(str, sorted(set(nodes.shares(num_ranks, cluster.n_nodes)), reverse=True)))
+    kind = "CUDA ranks (NCCL)" if num_devices else "CPU ranks (gloo)"
+    told = f"{num_ranks} {kind} on {cluster.n_nodes} node{'s' * (cluster.n_nodes > 1)}, {each} on each"
+    if num_ranks < num_devices:
+        width, unused = num_devices // backend.t, num_devices - num_ranks
+        more = f" train_dataset.batch_size={width}" if config.train_dataset.batch_size < width else ""
+        told += f"; {unused} of {num_devices} devices stay unused: actor.backend=fsdp:d{width}p1t{backend.t}{more}"
+        told += " would use all"
+    return told
 
 
 def print_line(text: str) -> None:

@@ -1,0 +1,158 @@
+"""Starts a run's agents by Ray: `python -m dpo_kit.launch.ray RUN_DIR TOKEN`, a child of the supervisor.
+
+    one actor a node, in a placement group that spreads them strictly  ->  each runs `supervise.agent` as its child
+
+The actors end with this process, which is their driver; when one of them is lost, this process ends and says which.
+What Ray gives is the placing and the news of a node's death; ranks, logs and orders go by the run folder.
+
+    scheduler.address       the cluster; null: RAY_ADDRESS, one that runs on this machine, else one of the run's own,
+                            which listens on loopback only and ends with the run
+    RAY_AUTH_MODE=token     wanted of every cluster that listens on more; one without it is used with a warning
+
+Deliberately not here: ranks (supervise), autoscaling: nodes that come within `scheduler.wait_s` are taken.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from dpo_kit import config as config_module
+from dpo_kit.config import Config
+from dpo_kit.errors import ExitStatus, UserError
+from dpo_kit.supervise import nodes
+
+
+def main(run_dir: Path, token: str) -> int:
+    """Brings the agents up and waits for their end; the exit status. The last line says why, where one is lost."""
+    import ray  # launch/world has seen that it is there
+
+    config = config_module.load(run_dir / "config.yaml")
+    _connect(ray, config)
+    counts = nodes.shares(
+        config_module.parse_backend(config.actor.backend).world_size, config.cluster.n_nodes
+    )
+    group = _placed(ray, config, counts)
+    actors = [
+        _agent_class(ray, group, index).remote() for index in range(len(counts))
+    ]  # end with their handles
+    variables = nodes.handed_on()
+    waiting = {
+        actor.run.remote(str(run_dir), token, index, variables): index for index, actor in enumerate(actors)
+    }
+    while waiting:
+        (done,), _ = ray.wait(list(waiting), num_returns=1)
+        index = waiting.pop(done)
+        try:
+            code, words = ray.get(done)
+        except ray.exceptions.RayError as error:
+            said = " ".join(str(error).split())
+            print(f"node {index} of {len(counts)} is lost: {said[:400]}", flush=True)
+            return ExitStatus.FAILED
+        if code:
+            print(words or f"the agent of node {index} ended with status {code}", flush=True)
+            return code
+    return ExitStatus.DONE
+
+
+def _connect(ray: Any, config: Config) -> None:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    quiet: dict[str, Any] = {
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+        "configure_logging": True,
+    }
+    try:
+        ray.init(address=config.scheduler.address or "auto", **quiet)
+    except ConnectionError as error:
+        if config.scheduler.address or os.environ.get("RAY_ADDRESS"):
+            where = config.scheduler.address or f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}"
+            raise UserError(
+                f"no Ray cluster answers at {where} ({' '.join(str(error).split())[:200]})"
+            ) from None
+        if config.cluster.n_nodes > 1:
+            raise UserError(
+                f"cluster.n_nodes = {config.cluster.n_nodes}: no Ray cluster runs here, and one of the run's own has 1"
+                " node; start one (ray start --head), or give scheduler.address"
+            ) from None
+        ray.init(address="local", _node_ip_address="127.0.0.1", include_dashboard=False, **quiet)
+        print("Ray: a cluster of this run's own, on this machine", flush=True)
+        return
+    address = ray.get_runtime_context().gcs_address
+    print(f"Ray: the cluster at {address}", flush=True)
+    if os.environ.get("RAY_AUTH_MODE") != "token" and not address.startswith("127."):
+        print(f"{nodes.WARNING}{address} takes anybody's jobs: start it with RAY_AUTH_MODE=token", flush=True)
+
+
+def _placed(ray: Any, config: Config, counts: list[int]) -> Any:
+    """A placement group with a bundle for each node.
+
+    Raises:
+        UserError: the cluster has not so many nodes within `scheduler.wait_s`.
+    """
+    from ray.util.placement_group import placement_group
+
+    on_cuda = bool(config.cluster.n_gpus_per_node)
+    bundles: list[dict[str, float]] = [{"CPU": 1, **({"GPU": count} if on_cuda else {})} for count in counts]
+    group = placement_group(bundles, strategy="STRICT_SPREAD")
+    if ray.wait([group.ready()], timeout=config.scheduler.wait_s)[0]:
+        return group
+    has = [node for node in ray.nodes() if node["Alive"]]
+    sizes = [tuple(node["Resources"].get(kind, 0) for kind in ("GPU", "CPU")) for node in has]
+    listed = ", ".join(
+        f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']}) with {gpus:g} GPUs and {cpus:g} CPUs"
+        for node, (gpus, cpus) in zip(has, sizes, strict=True)
+    )
+    each = f" with {max(counts)} GPUs each" if on_cuda else ""
+    raise UserError(
+        f"cluster.n_nodes = {len(counts)}: {len(counts)} nodes{each} are needed, and after"
+        f" {config.scheduler.wait_s:g} s (scheduler.wait_s) Ray has {len(has)}: {listed}, some of it maybe in use"
+    )
+
+
+def _agent_class(ray: Any, group: Any, index: int) -> Any:
+    """The actor of one node. A class of this function travels by value: a node without the kit can say so."""
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    class NodeAgent:
+        def run(self, run_dir: str, token: str, node: int, variables: dict[str, str]) -> tuple[int, str]:
+            """Runs the agent to its end: its exit status and last line."""
+            import os
+            import subprocess
+            import sys
+
+            import ray
+
+            address = ray.util.get_node_ip_address()
+            command = [sys.executable, "-m", "dpo_kit.system.child", "dpo_kit.supervise.agent"]
+            child = subprocess.Popen(
+                [*command, run_dir, token, str(node), address],
+                env={
+                    **os.environ,
+                    **variables,
+                    "DPO_KIT_PARENT_PID": str(os.getpid()),
+                    "PYTHONUNBUFFERED": "1",
+                },
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            said = [line for line in child.communicate()[0].splitlines() if line.strip()]
+            return child.returncode, f"{said[-1]} (on {address})" if said and child.returncode else ""
+
+    strategy = PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=index)
+    num_gpus = group.bundle_specs[index].get("GPU", 0)
+    options = {"num_cpus": 1, "num_gpus": num_gpus, "max_restarts": 0, "scheduling_strategy": strategy}
+    return ray.remote(NodeAgent).options(**options)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(Path(sys.argv[1]), sys.argv[2]))
+    except UserError as error:
+        print(error, flush=True)
+        sys.exit(ExitStatus.MISTAKE)
