@@ -1,0 +1,105 @@
+"""The hosts, Ray and Slurm that multi-node tests stand on: what they claim to be, they are."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import psutil
+import pytest
+
+from tests.hosts import hosts, permitted
+
+on_hosts = pytest.mark.skipif(bool(permitted()), reason=permitted())
+
+ECHO = """
+import socket, sys
+with socket.create_server((sys.argv[1], 7000)) as server:
+    print("listening", flush=True)
+    connection, caller = server.accept()
+    while data := connection.recv(100):
+        connection.sendall(data)
+"""
+ASK = """
+import socket, sys
+with socket.create_connection((sys.argv[1], 7000), timeout=2) as connection:
+    print("connected", flush=True)
+    for line in sys.stdin:
+        connection.sendall(line.encode())
+        try:
+            print(connection.recv(100).decode(), end="", flush=True)
+        except TimeoutError:
+            print("silence", flush=True)
+"""
+
+
+def line_of(process: subprocess.Popen) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+@on_hosts
+def test_two_hosts_have_names_and_addresses_and_a_cable_between_them():
+    with hosts() as (a, b):
+        names = [host.run(["hostname"]).stdout.strip() for host in (a, b)]
+        assert names == ["host-a", "host-b"] == [a.name, b.name]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        assert line_of(b.popen([sys.executable, "-c", ECHO, b.address], **pipes)) == "listening"
+        asking = a.popen([sys.executable, "-c", ASK, b.address], **pipes)
+        assert line_of(asking) == "connected"
+
+        def said(text: str) -> str:
+            assert asking.stdin is not None
+            print(text, file=asking.stdin, flush=True)
+            return line_of(asking)
+
+        assert said("one") == "one"
+        b.cut()
+        assert said("two") == "silence"
+        b.heal()
+        # Late, on the connection that was open all along: the cut lost no byte.
+        answers = [said("three") for _ in range(5)]
+        assert "two" in "".join(answers)
+        b.crash()
+        assert b.processes() == []
+        assert len(a.processes()) == 1
+
+
+DAEMON = """
+import subprocess
+quiet = subprocess.DEVNULL
+sleeper = subprocess.Popen(["sleep", "99"], start_new_session=True, stdin=quiet, stdout=quiet, stderr=quiet)
+print(sleeper.pid)
+"""
+HOLDERS = """
+import time
+from tests.hosts import hosts
+with hosts() as made:
+    print(*(host.holder for host in made), made[0].switch, flush=True)
+    time.sleep(99)
+"""
+
+
+@on_hosts
+def test_nothing_of_hosts_is_left_after_a_failure_and_after_a_kill():
+    pids = []
+
+    def fails() -> None:
+        with hosts() as made:
+            pids.extend(host.holder for host in made)
+            pids.extend(int(host.run([sys.executable, "-c", DAEMON]).stdout) for host in made)
+            assert [psutil.Process(pid).name() for pid in pids] == ["sleep"] * 4
+            raise KeyError("on purpose")
+
+    with pytest.raises(KeyError, match="on purpose"):
+        fails()
+    gone = [not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie" for pid in pids]
+    assert gone == [True] * 4
+
+    caller = subprocess.Popen([sys.executable, "-c", HOLDERS], stdout=subprocess.PIPE, text=True)
+    holders = [psutil.Process(int(pid)) for pid in line_of(caller).split()]
+    os.kill(caller.pid, signal.SIGKILL)
+    caller.communicate()
+    assert psutil.wait_procs(holders, timeout=10)[1] == []
