@@ -38,14 +38,16 @@ def resolve_world(config: Config, say: Say | None = None) -> Config:
     config = copy.deepcopy(config)
     visible = machine.visible_devices()
     wanted = config.cluster.n_gpus_per_node
-    is_here = config.scheduler.type == "local"
+    if config.scheduler.type == "torchrun":
+        _take_sizes(config, visible)
+    is_here = config.scheduler.type in ("local", "torchrun")
     if wanted == "auto":
         config.cluster.n_gpus_per_node = visible
     elif is_here and int(wanted) > visible:
         raise ConfigError([machine.too_many(int(wanted), visible)])
     _fill_backend(config, automatic=is_here and wanted == "auto")
     config_module.check(config)
-    say(_devices_text(config, visible) if is_here else _nodes_text(config))
+    say(_devices_text(config, visible) if config.scheduler.type == "local" else _nodes_text(config))
     return config
 
 
@@ -54,6 +56,62 @@ def _check_package(scheduler: str) -> None:
     if package and importlib.util.find_spec(package) is None:
         extra = f"dpo-kit[{scheduler}]"
         raise UserError(f'scheduler.type = {scheduler!r} needs {package}; run: pip install "{extra}"')
+
+
+def _take_sizes(config: Config, visible: int) -> None:
+    """The world is torchrun's: the backend gets its sizes, or must have them."""
+    num_ranks, num_nodes = _torchrun_sizes()
+    backend = config_module.parse_backend(config.actor.backend)
+    if backend.explicit and backend.world_size != num_ranks:
+        raise ConfigError(
+            [
+                f"actor.backend = {config.actor.backend!r} has {backend.world_size} ranks, and torchrun has started"
+                f" {num_ranks} processes; use fsdp:d{num_ranks}, or another --nproc-per-node"
+            ]
+        )
+    config.cluster.n_nodes = num_nodes
+    if config.cluster.n_gpus_per_node == "auto":
+        config.cluster.n_gpus_per_node = visible
+    if not backend.explicit:
+        config.actor.backend = config.ref.backend = f"{backend.kind}:d{num_ranks}p1t1"
+
+
+def _torchrun_sizes() -> tuple[int, int]:
+    """Processes that torchrun has started, and the machines that they are on."""
+    try:
+        num_ranks, on_each = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    except (KeyError, ValueError):
+        raise UserError(
+            "scheduler.type = 'torchrun' is for processes that torchrun has started (torchrun --nproc-per-node=N -m"
+            " dpo_kit train --config FILE scheduler.type=torchrun); use scheduler.type=local here"
+        ) from None
+    return num_ranks, -(-num_ranks // on_each)
+
+
+def check_alone(config: Config | None = None) -> None:
+    """Refuses to be one of several processes that all start the same run.
+
+    Args:
+        config: with `scheduler.type` torchrun that is as it should be; None: never is.
+    """
+    for name, many in (("WORLD_SIZE", "torchrun"), ("SLURM_STEP_NUM_TASKS", "srun")):
+        number = os.environ.get(name, "")
+        if name == "WORLD_SIZE" and "TORCHELASTIC_RUN_ID" not in os.environ:
+            continue
+        if not number.isdigit() or int(number) < 2:
+            continue
+        if config is None:
+            raise UserError(
+                f"{many} has started this notebook {number} times, and each would start the same run; start it once:"
+                " ranks are started by the run itself (actor.backend, cluster.n_nodes, scheduler.type)"
+            )
+        if not (many == "torchrun" and config.scheduler.type == "torchrun"):
+            way = "leave srun out: ranks are started by the run itself"
+            if many == "torchrun":
+                way = "add scheduler.type=torchrun"
+            raise UserError(
+                f"{many} has started {number} processes, and each would start the same run; {way}"
+            )
 
 
 def _fill_backend(config: Config, *, automatic: bool) -> None:

@@ -1,6 +1,6 @@
 """A node's agent: starts and watches the ranks of one machine, as the supervisor of a run (maybe elsewhere) orders.
 
-    python -m dpo_kit.supervise.agent RUN_DIR TOKEN NODE [ADDRESS]
+    python -m dpo_kit.supervise.agent RUN_DIR TOKEN NODE [ADDRESS [LOCAL_RANK LOCAL_SIZE]]
 
 It ends, with its ranks, when the supervisor says so, when another supervisor has taken over, and when the supervisor
 has said nothing for a minute: a node that was cut off must not go on by itself. A SIGTERM (a scheduler's warning) is
@@ -168,4 +168,5 @@ def serve(run_dir: Path, token: str, node: int, address: str, local: tuple[int, 
 
 if __name__ == "__main__":
     folder, word, index, *given = sys.argv[1:]
-    sys.exit(serve(Path(folder), word, int(index), given[0] if given else network.own_address()))
+    place = (int(given[1]), int(given[2])) if given[1:] else None
+    sys.exit(serve(Path(folder), word, int(index), given[0] if given else network.own_address(), place))

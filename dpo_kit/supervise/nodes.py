@@ -105,11 +105,10 @@ class Nodes:
     Args:
         session: of the supervisor.
         layout: ranks of each node.
-        bring: starts the agents, given a token that they must know; its process ends when they do, and they when it
-            does. None instead of a process: somebody else keeps the agents.
+        bring: starts the agents, given a token that they must know; its process ends when one of them is lost.
     """
 
-    def __init__(self, session: Session, layout: list[int], bring: Callable[[str], subprocess.Popen | None]):
+    def __init__(self, session: Session, layout: list[int], bring: Callable[[str], subprocess.Popen]):
         self.session, self.layout, self.bring_agents = session, layout, bring
         self.folder = folder(session.run_dir)
         self.orders: dict[str, Any] = {}
@@ -331,9 +330,7 @@ class NodeRanks:
             time.sleep(0.05)
 
 
-def of(
-    session: Session, bring: Callable[[str], subprocess.Popen | None] | None, starter: str | None
-) -> Nodes:
+def of(session: Session, bring: Callable[[str], subprocess.Popen] | None, starter: str | None) -> Nodes:
     """The nodes of a run whose scheduler is not `local`.
 
     Args:
@@ -343,7 +340,12 @@ def of(
     config, run_dir = session.config, session.run_dir
     if bring is not None:
         return Nodes(session, [1] * session.num_ranks, bring)
-    module = starter or STARTERS[config.scheduler.type]
+    module = starter or STARTERS.get(config.scheduler.type)
+    if module is None:
+        raise UserError(
+            f"{run_dir} was started by {config.scheduler.type}: give the same command again with recover.mode=auto"
+            f" trial_name={run_dir.name}, or add scheduler.type=local to it"
+        )
 
     def start(token: str) -> subprocess.Popen:
         with open(run_dir / "logs" / "nodes.log", "wb") as log:

@@ -93,6 +93,8 @@ def waiting(run_dir: Path, share: Share) -> Iterator[LocalRanks]:
                 }
                 if share.device == "cuda":
                     environment.pop("OMP_NUM_THREADS")
+                for name in [name for name in environment if name.startswith("TORCHELASTIC_")]:
+                    del environment[name]  # of torchrun's own rendezvous
                 with open(path, "ab") as log:
                     if share.attempt > 1:
                         log.write(f"--- attempt {share.attempt}\n".encode())

@@ -73,7 +73,8 @@ def supervise(
     worker_module: str = "dpo_kit.engine.worker",
     samples_module: str = "dpo_kit.tools.samples",
     starter_module: str | None = None,
-    bring: Callable[[str], subprocess.Popen | None] | None = None,
+    bring: Callable[[str], subprocess.Popen] | None = None,
+    second_signal_s: float = _SECOND_SIGNAL_S,
 ) -> ExitStatus:
     """Runs a run folder to its end.
 
@@ -86,7 +87,8 @@ def supervise(
         worker_module: what every rank runs.
         samples_module: what answers the prompts after training.
         starter_module: what starts the agents of a run on other machines; by `scheduler.type` when left out.
-        bring: starts agents of one rank each instead, or tells those that there are (see `nodes.Nodes`).
+        bring: has agents of one rank each instead (see `nodes.Nodes`).
+        second_signal_s: a signal that comes later than this after the first one leaves at once.
 
     Returns:
         The exit status.
@@ -102,7 +104,7 @@ def supervise(
     modules = (prepare_module, worker_module, samples_module)
     if config.scheduler.type != "local":
         session.nodes = nodes.of(session, bring, starter_module)
-    with lock.lock(run_dir), _signals(session):
+    with lock.lock(run_dir), _signals(session, second_signal_s):
         run_folder.reserve_room(run_dir)
         (run_dir / "logs").mkdir(exist_ok=True)
         try:
@@ -292,7 +294,7 @@ def _make_samples(session: Session, module: str) -> None:
 
 
 @contextlib.contextmanager
-def _signals(session: Session) -> Iterator[None]:
+def _signals(session: Session, second_signal_s: float) -> Iterator[None]:
     """SIGINT asks to stop, SIGTERM and SIGHUP to be preempted; the second one leaves at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -303,7 +305,7 @@ def _signals(session: Session) -> Iterator[None]:
             ask(session, "stopped" if number == signal.SIGINT else "preempted")
             if session.lines:
                 session.lines.write("stopping with the state saved; a second signal leaves at once")
-        elif time.monotonic() - session.stop_at > _SECOND_SIGNAL_S:
+        elif time.monotonic() - session.stop_at > second_signal_s:
             session.leave = True
 
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
