@@ -10,9 +10,11 @@ import sys
 import psutil
 import pytest
 
+from tests import ray_cluster as ray_bed
 from tests.hosts import hosts, permitted
 
 on_hosts = pytest.mark.skipif(bool(permitted()), reason=permitted())
+on_ray = pytest.mark.skipif(bool(ray_bed.permitted()), reason=ray_bed.permitted())
 
 ECHO = """
 import socket, sys
@@ -103,3 +105,68 @@ def test_nothing_of_hosts_is_left_after_a_failure_and_after_a_kill():
     os.kill(caller.pid, signal.SIGKILL)
     caller.communicate()
     assert psutil.wait_procs(holders, timeout=10)[1] == []
+
+
+DRIVER = """
+import ray, sys
+from ray.util.placement_group import placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy as Place
+
+@ray.remote(num_cpus=1)
+class Agent:
+    def where(self):
+        import socket
+        return socket.gethostname()
+
+    def wait(self):
+        import time
+        time.sleep(600)
+
+def agents():
+    group = placement_group([{"CPU": 1}] * 2, strategy="STRICT_SPREAD")
+    assert group.wait(60)
+    made = [Agent.options(scheduling_strategy=Place(group, index)).remote() for index in range(2)]
+    return dict(zip(ray.get([agent.where.remote() for agent in made]), made)), group
+
+ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
+found, group = agents()
+print("found", *sorted(found), flush=True)
+try:
+    ray.get(found["host-b"].wait.remote())
+except ray.exceptions.RayActorError:
+    print("found", "lost", flush=True)
+ray.util.remove_placement_group(group)
+del found
+sys.stdin.readline()
+print("found", *sorted(agents()[0]), flush=True)
+"""
+STRANGER = "import ray, sys; ray.init(address=sys.argv[1], logging_level='ERROR')"
+
+
+def found_by(driver: subprocess.Popen) -> str:
+    """What the driver found next; Ray says things of its own between."""
+    while line := line_of(driver):
+        if line.startswith("found "):
+            return line.removeprefix("found ")
+    raise EOFError("the driver ended")
+
+
+@on_ray
+def test_ray_loses_a_node_that_is_cut_off_and_takes_it_back():
+    with hosts() as (a, b), ray_bed.ray_cluster(a, b) as cluster:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        driver = a.popen([sys.executable, "-c", DRIVER, cluster.address], env=cluster.environment, **pipes)
+        assert found_by(driver) == "host-a host-b"
+        b.cut()
+        assert found_by(driver) == "lost"
+        b.heal()
+        cluster.join(b)
+        assert driver.stdin is not None
+        print(file=driver.stdin, flush=True)
+        assert found_by(driver) == "host-a host-b"
+
+        # Without the token nobody gets in.
+        environment = {**cluster.environment, "RAY_AUTH_MODE": "disabled"}
+        refused = b.run([sys.executable, "-c", STRANGER, cluster.address], check=False, env=environment)
+        assert refused.returncode != 0
+        assert "InvalidAuthToken" in refused.stderr
