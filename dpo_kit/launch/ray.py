@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def main(run_dir: Path, token: str) -> int:
     actors = [
         _agent_class(ray, group, index).remote() for index in range(len(counts))
     ]  # end with their handles
-    variables = nodes.handed_on()
+    variables, addresses = nodes.handed_on(), _addresses(ray, group)
     waiting = {
         actor.run.remote(str(run_dir), token, index, variables): index for index, actor in enumerate(actors)
     }
@@ -49,8 +50,7 @@ def main(run_dir: Path, token: str) -> int:
         try:
             code, words = ray.get(done)
         except ray.exceptions.RayError as error:
-            said = " ".join(str(error).split())
-            print(f"node {index} of {len(counts)} is lost: {said[:400]}", flush=True)
+            print(f"{addresses[index]} (node {index} of {len(counts)}) is lost: {_cause(error)}", flush=True)
             return ExitStatus.FAILED
         if code:
             print(words or f"the agent of node {index} ended with status {code}", flush=True)
@@ -70,9 +70,10 @@ def _connect(ray: Any, config: Config) -> None:
     except ConnectionError as error:
         if config.scheduler.address or os.environ.get("RAY_ADDRESS"):
             where = config.scheduler.address or f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}"
-            raise UserError(
-                f"no Ray cluster answers at {where} ({' '.join(str(error).split())[:200]})"
-            ) from None
+            said, token = " ".join(str(error).split())[:200], ""
+            if os.environ.get("RAY_AUTH_MODE") != "token":
+                token = "; one that wants a token answers nobody without it (RAY_AUTH_MODE=token, RAY_AUTH_TOKEN_PATH)"
+            raise UserError(f"no Ray cluster answers at {where} ({said}){token}") from None
         if config.cluster.n_nodes > 1:
             raise UserError(
                 f"cluster.n_nodes = {config.cluster.n_nodes}: no Ray cluster runs here, and one of the run's own has 1"
@@ -111,6 +112,24 @@ def _placed(ray: Any, config: Config, counts: list[int]) -> Any:
         f"cluster.n_nodes = {len(counts)}: {len(counts)} nodes{each} are needed, and after"
         f" {config.scheduler.wait_s:g} s (scheduler.wait_s) Ray has {len(has)}: {listed}, some of it maybe in use"
     )
+
+
+def _addresses(ray: Any, group: Any) -> list[str]:
+    """Of the nodes, in the order of the bundles."""
+    from ray.util.placement_group import placement_group_table
+
+    by_id = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+    placed = placement_group_table(group)["bundles_to_node_id"]
+    return [by_id.get(placed[index], "an unknown node") for index in sorted(placed)]
+
+
+def _cause(error: Exception) -> str:
+    """Ray's own reason, in a sentence."""
+    said = " ".join(str(error).split())
+    if type(error).__name__ == "ActorUnavailableError":
+        return "it does not answer Ray"
+    found = re.findall(r"(The actor died[^.]*|No module named \S+)", said)
+    return found[-1] if found else said[:400]
 
 
 def _agent_class(ray: Any, group: Any, index: int) -> Any:
