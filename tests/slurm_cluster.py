@@ -99,11 +99,14 @@ def slurm_cluster() -> Iterator[dict[str, str]]:
             )
             stack.callback(processes.end_children, [daemon])
         _await_idle(environment, folder)
-        yield environment
+        try:
+            yield environment
+        finally:
+            _end_jobs(environment)
 
 
 def start_now(environment: dict[str, str], job: str) -> None:
-    """Starts a requeued job as soon as its old processes are gone; Slurm would wait two minutes."""
+    """Starts a requeued job as soon as its old processes are gone; Slurm lets it wait."""
     deadline = time.monotonic() + _STARTS_S
     while True:
         state = ["squeue", "--noheader", "--format=%T", f"--jobs={job}"]
@@ -114,6 +117,17 @@ def start_now(environment: dict[str, str], job: str) -> None:
             return
         if time.monotonic() > deadline:
             raise TimeoutError(f"job {job} is not pending after {_STARTS_S} s")
+        time.sleep(0.2)
+
+
+def _end_jobs(environment: dict[str, str]) -> None:
+    """Jobs outlive the daemons; a killed one leaves the queue when its processes are gone."""
+    deadline = time.monotonic() + _STARTS_S
+    subprocess.run(["scancel", "--user=root"], env=environment, capture_output=True)
+    while time.monotonic() < deadline:
+        asked = subprocess.run(["squeue", "--noheader"], env=environment, capture_output=True, text=True)
+        if not asked.stdout.strip():
+            return
         time.sleep(0.2)
 
 

@@ -51,7 +51,10 @@ class SchedulerConfig:
         None  # ours: of a Ray cluster; null: RAY_ADDRESS, a running one, else one of the run's own
     )
     wait_s: float = rule(60.0, ge=0)  # ours: for nodes that are not there yet
-    dry_run: bool = False  # ours: print the script that would be submitted to Slurm
+    # Ours, for Slurm outside an allocation: further options, print the script only, a notebook in the command's place.
+    sbatch: str | None = None
+    dry_run: bool = False
+    notebook: str | None = None
 
 
 @dataclass

@@ -6,7 +6,7 @@ The actors end with this process, which is their driver; when one of them is los
 What Ray gives is the placing and the news of a node's death; ranks, logs and orders go by the run folder.
 
     scheduler.address       the cluster; null: RAY_ADDRESS, one that runs on this machine, else one of the run's own,
-                            which listens on loopback only and ends with the run
+                            which listens on loopback only, wants a token and ends with the run
     RAY_AUTH_MODE=token     wanted of every cluster that listens on more; one without it is used with a warning
 
 Deliberately not here: ranks (supervise), autoscaling: nodes that come within `scheduler.wait_s` are taken.
@@ -17,9 +17,11 @@ from __future__ import annotations
 import logging
 import os
 import re
+import secrets
 import sys
+import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from dpo_kit import config as config_module
 from dpo_kit.config import Config
@@ -79,6 +81,8 @@ def _connect(ray: Any, config: Config) -> None:
                 f"cluster.n_nodes = {config.cluster.n_nodes}: no Ray cluster runs here, and one of the run's own has 1"
                 " node; start one (ray start --head), or give scheduler.address"
             ) from None
+        if "RAY_AUTH_TOKEN_PATH" not in os.environ:
+            _again_for_oneself()
         ray.init(address="local", _node_ip_address="127.0.0.1", include_dashboard=False, **quiet)
         print("Ray: a cluster of this run's own, on this machine", flush=True)
         return
@@ -86,6 +90,26 @@ def _connect(ray: Any, config: Config) -> None:
     print(f"Ray: the cluster at {address}", flush=True)
     if os.environ.get("RAY_AUTH_MODE") != "token" and not address.startswith("127."):
         print(f"{nodes.WARNING}{address} takes anybody's jobs: start it with RAY_AUTH_MODE=token", flush=True)
+
+
+def _again_for_oneself() -> NoReturn:
+    """Begins this process again as Ray must find it for a cluster on loopback only, with a token of its own.
+
+    Ray reads these variables when it is imported. Without them it listens on every interface, and writes a token that
+    all users of the machine can read into the home folder.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="dpo-kit-ray-"))
+    token = folder / "token"
+    token.touch(0o600)
+    token.write_text(secrets.token_hex(32))
+    ours = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    }
+    os.execve(
+        sys.executable, [sys.executable, "-m", "dpo_kit.launch.ray", *sys.argv[1:]], {**os.environ, **ours}
+    )
 
 
 def _placed(ray: Any, config: Config, counts: list[int]) -> Any:

@@ -176,7 +176,7 @@ def test_ray_loses_a_node_that_is_cut_off_and_takes_it_back():
 
 
 JOB = """#!/bin/sh
-srun sh -c 'echo began $SLURM_JOB_ID $SLURM_RESTART_COUNT'
+srun sh -c 'echo "began $SLURM_JOB_ID $SLURM_RESTART_COUNT"'
 [ -n "$SLURM_RESTART_COUNT" ] || sleep 600
 """
 
