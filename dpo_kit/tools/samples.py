@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,9 @@ def load_plain(path: str, dtype: str, base: str = "") -> Any:
     if is_adapter:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, path)
+        with warnings.catch_warnings():  # peft asks transformers by a name that transformers has given up
+            warnings.simplefilter("ignore", FutureWarning)
+            model = PeftModel.from_pretrained(model, path)
     # Sampling is stated in full by `generate`; defaults that a model ships (top_k, ...) must not mix in.
     model.generation_config = GenerationConfig()
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()

@@ -1,0 +1,154 @@
+"""Adapters of a model: the base without them, exports that peft and transformers read, any number of ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dpo_kit.engine import step
+from dpo_kit.engine.optimizer import make_optimizer
+from dpo_kit.errors import UserError
+from dpo_kit.model import builtin, export, lora, model_folder, packing, pair_model, parallel
+from dpo_kit.tools import samples
+from tests.helpers import make_engine, one_rank, random_pairs, store_of, tiny_config, train_tiny
+from tests.model.test_pair_model import small_model
+from tests.model.test_parallel import GEMMA, GPT2, other_family
+
+LORA = ("actor.use_lora=true", "actor.lora_rank=4")
+IDS = torch.arange(3, 40)[None]
+MODELS = {
+    "llama tied": lambda folder: small_model(folder, "llama", 2, tied=True),
+    "qwen2 untied": lambda folder: small_model(folder, "qwen2", 2),
+    "gpt2": lambda folder: other_family(folder, **GPT2),  # not packed, and its layers are Conv1D
+    "gemma2": lambda folder: other_family(folder, **GEMMA),
+}
+
+
+def trained(world, folder, *overrides):
+    """An engine of a few pairs whose adapters have made a few large steps."""
+    config = tiny_config(folder / "runs", *LORA, *overrides)
+    engine = make_engine(world, config, store_of(random_pairs(8), folder / "pairs"))
+    optimizer = make_optimizer(engine.policy, config.actor.optimizer)
+    batches = list(step.micro_batches(engine, engine.train, range(8), 150))
+    for _ in range(3):
+        step.train_step(engine, optimizer, batches, 8, 3e-2)
+    return engine
+
+
+def logps(engine):
+    return step.reference_pass(engine, engine.policy.eval(), engine.train, range(8))
+
+
+def logits(model):
+    given = {"segments": packing.Segments(torch.tensor([[0, IDS.shape[1], 0]]))} if model.packed else {}
+    return model.lm(input_ids=IDS, use_cache=False, **given).logits
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+def test_with_adapters_off_the_base_answers_bit_for_bit(tmp_path, dtype):
+    with one_rank() as world:
+        engine = trained(world, tmp_path, f"actor.dtype={dtype}")
+        base = make_engine(world, tiny_config(tmp_path / "base", f"actor.dtype={dtype}"), engine.train)
+        assert torch.equal(engine.ref_train, base.ref_train)
+        with engine.policy.as_reference():
+            assert np.array_equal(logps(engine), base.ref_train.numpy())
+        assert np.abs(logps(engine) - base.ref_train.numpy()).min() > 0.01
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_exports_answer_as_the_trained_model_does(tmp_path, kind):
+    path = MODELS[kind](tmp_path / "m")
+    with one_rank() as world:
+        places = (f"actor.path={path}", f"ref.path={path}", "actor.dtype=float32", "ref.first_step_check=off")
+        engine = trained(world, tmp_path, *places)
+        with torch.no_grad():
+            here = logits(engine.policy.eval())
+            with engine.policy.as_reference() as reference:
+                before = logits(reference)
+        options = {"dtype": torch.float32, "end_token_id": 1, "card": "# a model\n"}
+        tokenizer = builtin.load_tokenizer("tiny-random")
+        for name, merged in (("adapter", False), ("merged", True)):
+            export.write(engine.policy, tmp_path / name, tokenizer, world, merged=merged, **options)
+    assert (here - before).abs().max() > 1e-2
+    for name in ("adapter", "merged"):
+        again = samples.load_plain(str(tmp_path / name), "float32", path)
+        with torch.no_grad():
+            assert (again(input_ids=IDS).logits - here).abs().max() < 1e-4
+        assert (tmp_path / name / "tokenizer.json").is_file()
+        assert (tmp_path / name / "README.md").is_file()
+    pair_model.check(tmp_path / "merged")
+    with pytest.raises(UserError, match=r"holds an adapter .* saver\.merged=true"):
+        model_folder.read_config(tmp_path / "adapter")
+
+
+def test_targets_are_the_layers_named_and_all_but_the_head_by_default(tmp_path):
+    path = small_model(tmp_path / "m", "qwen2", 2)
+    with one_rank() as world:
+
+        def adapted(*targets):
+            options = lora.Options(rank=2, alpha=4, targets=targets, seed=1)
+            given = {"trainable": True, "gradient_checkpointing": False, "longest_tokens": 20}
+            model = pair_model.load(path, world, dtype=torch.float32, adapters=options, **given)
+            return {name.split(".lora_")[0].rpartition(".")[2] for name in parallel.masters(model)}, model
+
+        all_linear, model = adapted()
+        assert all_linear == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+        assert adapted("layers.1.self_attn.q_proj", "mlp.up_proj")[0] == {"q_proj", "up_proj"}
+        assert not [n for n, p in model.named_parameters() if p.requires_grad != lora.is_adapter(n)]
+        with pytest.raises(UserError, match=r"target_modules: qproj, lm_head are no .* has q_proj, k_proj, v_"):
+            adapted("qproj", "v_proj", "lm_head")
+
+
+def test_first_values_depend_on_the_seed_alone(tmp_path):
+    def first(dtype, seed):
+        with one_rank() as world:
+            config = tiny_config(tmp_path, *LORA, f"actor.dtype={dtype}", f"seed={seed}")
+            engine = make_engine(world, config, store_of(random_pairs(2), tmp_path / f"{dtype}-{seed}"))
+            return [p.detach().float() for p in parallel.masters(engine.policy).values()]
+
+    double = first("float64", 1)
+    assert all(map(torch.equal, double, first("bfloat16", 1)))
+    assert not any(map(torch.equal, double[::2], first("float64", 2)[::2]))
+    assert not any(b.any() for b in double[1::2])
+    assert double[0].abs().max() == pytest.approx(1 / 8, rel=0.05)  # uniform within 1 / sqrt(64)
+
+
+# --- ranks ----------------------------------------------------------------------------------------------------
+
+# family, tied, shared
+SHAPES = [("llama", True, True), ("llama", False, False), ("qwen2", False, True), ("qwen2", True, False)]
+
+
+def runs_of(folder, num_ranks):
+    """Losses and gradient norms of 20 steps, by case."""
+    found = {}
+    for family, tied, share in SHAPES:
+        for dtype in ("float64", "float32", "bfloat16"):
+            name = f"{family}-{tied}-{share}"
+            path = str(Path(folder) / name)
+            overrides = (
+                *(*LORA, "actor.optimizer.lr=1e-4", f"actor.path={path}", f"ref.path={path}"),
+                *(f"actor.dtype={dtype}", f"actor.share_prompt={str(share).lower()}"),
+                *(f"actor.backend=fsdp:d{num_ranks}", "actor.mb_spec.max_tokens_per_mb=150"),
+            )
+            runs = str(Path(folder) / f"{name}-{dtype}-{num_ranks}")
+            steps = train_tiny(runs, overrides)
+            found[name, dtype] = [[r["dpo/loss"], r["grad_norm"]] for r in steps]
+    return found
+
+
+def test_ranks_do_not_change_the_steps(ranks, tmp_path):
+    for family, tied, share in SHAPES:
+        small_model(tmp_path / f"{family}-{tied}-{share}", family, 2, tied=tied)
+    alone, (both, other) = runs_of(str(tmp_path), 1), ranks.run(runs_of, str(tmp_path), 2)
+    assert both == other
+    for case, steps in alone.items():
+        one, two = np.array(steps), np.array(both[case])
+        loss, norm = {"float64": (1e-9, 1e-7), "float32": (1e-5, 1e-3), "bfloat16": (5e-3, 0.1)}[case[1]]
+        assert one.shape == (20, 2)
+        assert np.abs(one - two)[:, 0].max() < loss, case
+        assert (np.abs(one - two) / one)[:, 1].max() < norm, case
+        assert one[-1, 0] != one[0, 0]
