@@ -177,7 +177,7 @@ def model_card(config: Config, metrics: list[dict[str, Any]], found: Sequence[Fi
     told = [f"- {finding.level}: {finding.text}" for finding in found]
     lines = [
         "---",
-        "library_name: transformers",
+        f"library_name: {'peft' if config.actor.use_lora and not config.saver.merged else 'transformers'}",
         "tags: [dpo, preference-optimization, dpo-kit]",
         "---",
         f"# {config.experiment_name}",
@@ -186,6 +186,7 @@ def model_card(config: Config, metrics: list[dict[str, Any]], found: Sequence[Fi
         f"[DPO](https://arxiv.org/abs/2305.18290) (`{config.actor.loss_type}`, beta {config.actor.beta:g}), "
         f"{len(steps)} step{'s' * (len(steps) != 1)}. Generation stops on the end token it was trained with.",
         "",
+        *_adapters(config),
         *(["## What the checks found", "", *told, ""] if found else []),
         "## Curves",
         "",
@@ -213,3 +214,18 @@ def model_card(config: Config, metrics: list[dict[str, Any]], found: Sequence[Fi
             )
     lines += ["", "## Configuration", "", "```yaml", config_module.to_yaml(config).rstrip(), "```", ""]
     return "\n".join(lines)
+
+
+def _adapters(config: Config) -> list[str]:
+    """What a reader must know of a model that was trained by adapters."""
+    actor = config.actor
+    if not actor.use_lora:
+        return []
+    layers = ", ".join(actor.target_modules) or "all linear layers"
+    how = f"load them with `PeftModel.from_pretrained(base, folder)`, the base being `{actor.path}`"
+    if config.saver.merged:
+        how = "they are merged into the weights here"
+    return [
+        f"Trained are low-rank adapters of {layers} (rank {actor.lora_rank}, alpha {actor.lora_alpha}); {how}.",
+        "",
+    ]

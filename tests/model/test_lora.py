@@ -98,7 +98,9 @@ def test_targets_are_the_layers_named_and_all_but_the_head_by_default(tmp_path):
         assert all_linear == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
         assert adapted("layers.1.self_attn.q_proj", "mlp.up_proj")[0] == {"q_proj", "up_proj"}
         assert not [n for n, p in model.named_parameters() if p.requires_grad != lora.is_adapter(n)]
-        with pytest.raises(UserError, match=r"target_modules: qproj, lm_head are no .* has q_proj, k_proj, v_"):
+        with pytest.raises(
+            UserError, match=r"target_modules: qproj, lm_head are no .* has q_proj, k_proj, v_"
+        ):
             adapted("qproj", "v_proj", "lm_head")
 
 
