@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from dpo_kit import cli, launch
+from dpo_kit import config as config_module
 from dpo_kit.engine import step
 from dpo_kit.engine.optimizer import make_optimizer
 from dpo_kit.errors import UserError
 from dpo_kit.model import builtin, export, lora, model_folder, packing, pair_model, parallel
+from dpo_kit.records import metrics, run_folder
 from dpo_kit.tools import samples
 from tests.helpers import make_engine, one_rank, random_pairs, store_of, tiny_config, train_tiny
 from tests.model.test_pair_model import small_model
 from tests.model.test_parallel import GEMMA, GPT2, other_family
 
+ROOT = Path(__file__).parents[2]
 LORA = ("actor.use_lora=true", "actor.lora_rank=4")
 IDS = torch.arange(3, 40)[None]
 MODELS = {
@@ -154,3 +159,63 @@ def test_ranks_do_not_change_the_steps(ranks, tmp_path):
         assert np.abs(one - two)[:, 0].max() < loss, case
         assert (np.abs(one - two) / one)[:, 1].max() < norm, case
         assert one[-1, 0] != one[0, 0]
+
+
+# --- a real run -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """The run folder of `params/smoke.yaml` with adapters on two ranks, and exports on the way."""
+    fileroot = tmp_path_factory.mktemp("smoke")
+    overrides = [
+        *(*LORA, f"cluster.fileroot={fileroot}", "cluster.n_gpus_per_node=0", "actor.backend=fsdp:d2"),
+        *("saver.freq_steps=2", "saver.best=true", "evaluator.freq_steps=2", "recover.freq_steps=2"),
+        *("recover.keep=all", "actor.dtype=bfloat16", "ref.logps=online"),
+    ]
+    assert launch.run_in_foreground(config_module.load(ROOT / "params" / "smoke.yaml", overrides)) == 0
+    (run_dir,) = run_folder.list_runs(fileroot)
+    return run_dir
+
+
+def test_a_run_leaves_adapters_everywhere_and_samples_of_them(smoke, tmp_path, capsys):
+    steps = [m for m in metrics.read_metrics(smoke) if "dpo/loss" in m]
+    assert steps[0]["dpo/loss"] == pytest.approx(np.log(2), abs=1e-9)
+    assert len({m["dpo/loss"] for m in steps}) == len(steps) == 4
+    for name in ("model", "exports/best", "exports/step-2"):
+        held = {path.name for path in (smoke / name).iterdir()}
+        assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "README.md"} <= held
+        assert not {"model.safetensors", "config.json"} & held
+    assert (smoke / "model" / "README.md").read_text().startswith("---\nlibrary_name: peft\n")
+    lines = [json.loads(line) for line in (smoke / "samples.jsonl").read_text().splitlines()]
+    assert lines
+    assert cli.main(["export", str(smoke), "-o", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "adapter_config.json").read_bytes() == (
+        smoke / "model" / "adapter_config.json"
+    ).read_bytes()
+    assert cli.main(["sample", str(smoke), "--prompt", "hello?"]) == 0
+    assert "policy     " in capsys.readouterr().out
+
+
+def test_an_adapter_is_no_base_to_train_from(smoke, tmp_path, capsys):
+    overrides = [f"actor.path={smoke}/model", f"cluster.fileroot={tmp_path}", f"ref.path={smoke}/model"]
+    config = config_module.load(ROOT / "params" / "smoke.yaml", overrides)
+    with pytest.raises(
+        UserError, match=r"actor\.path: .*model holds an adapter .* with saver\.merged=true writes"
+    ):
+        launch.start(config)
+
+
+def test_a_fork_goes_on_with_the_adapters_and_writes_a_whole_model(smoke, capsys):
+    told = ["saver.merged=true", "total_train_steps=5", "actor.optimizer.lr=1e-2", "trial_name=merged"]
+    assert cli.main(["runs", "fork", str(smoke), "--step", "2", *told]) == 0
+    capsys.readouterr()
+    fork = smoke.parent / "merged"
+    before, now = (
+        [m["dpo/loss"] for m in metrics.read_metrics(run) if "dpo/loss" in m] for run in (smoke, fork)
+    )
+    assert before[:2] == now[:2]
+    assert now[2] != now[0]
+    pair_model.check(fork / "model")
+    assert cli.main(["runs", "fork", str(smoke), "--step", "2", "actor.lora_rank=8"]) == 2
+    assert "actor.lora_rank: 4 -> 8; to train those start a run" in capsys.readouterr().err
