@@ -148,6 +148,10 @@ def test_a_real_probe_gives_seconds_for_every_part(tmp_path):
     assert all(found[part] > 0 for part in ("block_forward", "block_backward", "update"))
     # Three blocks of 4 * 64 * 64 + 3 * 64 * 128 and two norms each, 264 * 64 twice, the last norm.
     assert found["params"] == 3 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 2 * 264 * 64 + 64
+    config.actor.use_lora, config.actor.lora_rank = True, 2
+    found = time_probe.measure(config, builtin.ensure("tiny-random"), store, [[[0, 1, 2], [3]]])
+    assert all(found[part] > 0 for part in ("block_forward", "block_backward", "update"))
+    assert found["params"] == 3 * 2 * (4 * 2 * 64 + 3 * (64 + 128))
 
 
 def test_7b_with_adapters_fits_on_one_card_of_24_gb_and_without_them_not(tmp_path, monkeypatch):
