@@ -161,6 +161,7 @@ def plain_name(name: str) -> str:
     return name.replace(_BASE, ".")
 
 
+@torch.no_grad()
 def whole_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every weight of a `pair_model.PairModel` by its plain name, adapters added to their layers. A collective."""
     held, layers = weights(model), _layers(model)
@@ -175,6 +176,7 @@ def whole_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield plain_name(name).removeprefix("lm."), whole
 
 
+@torch.no_grad()
 def adapter_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """A and B of every layer of a `pair_model.PairModel`, by the names that peft's files have. A collective."""
     for name, param in weights(model).items():

@@ -15,6 +15,7 @@ from dpo_kit.engine import step
 from dpo_kit.engine.optimizer import make_optimizer
 from dpo_kit.errors import UserError
 from dpo_kit.model import builtin, export, lora, model_folder, packing, pair_model, parallel
+from dpo_kit.preferences import open_store
 from dpo_kit.records import metrics, run_folder
 from dpo_kit.tools import samples
 from tests.helpers import make_engine, one_rank, random_pairs, store_of, tiny_config, train_tiny
@@ -159,6 +160,36 @@ def test_ranks_do_not_change_the_steps(ranks, tmp_path):
         assert np.abs(one - two)[:, 0].max() < loss, case
         assert (np.abs(one - two) / one)[:, 1].max() < norm, case
         assert one[-1, 0] != one[0, 0]
+
+
+def merged_of(folder, path, num_ranks):
+    """The whole weights after a few large steps; every rank has them."""
+    with one_rank() as world:
+        pairs = Path(folder) / "pairs"
+        if world.is_main and not pairs.exists():
+            store_of(random_pairs(8), pairs)
+        world.barrier()
+        places = (f"actor.path={path}", f"ref.path={path}", f"actor.backend=fsdp:d{num_ranks}")
+        config = tiny_config(Path(folder) / "runs", *LORA, *places, "ref.logps=online")
+        engine = make_engine(world, config, open_store(pairs))
+        assert engine.ref_model is engine.policy
+        optimizer = make_optimizer(engine.policy, config.actor.optimizer)
+        for _ in range(3):
+            batches = list(step.micro_batches(engine, engine.train, range(8), 150))
+            step.train_step(engine, optimizer, batches, 8, 3e-2)
+        return {name: whole.numpy() for name, whole in lora.whole_weights(engine.policy)}
+
+
+@pytest.mark.parametrize("kind", ["llama tied", "gpt2"])
+def test_ranks_merge_the_weights_that_one_rank_merges(ranks, tmp_path, kind):
+    path = MODELS[kind](tmp_path / "m")
+    alone = merged_of(str(tmp_path / "1"), path, 1)
+    both = ranks.run(merged_of, str(tmp_path / "2"), path, 2)
+    held = model_folder.tensors(Path(path))
+    assert len(alone) in (len(held), len(held) + 1)  # a tied head is not written twice
+    for name, weight in alone.items():
+        for other in both:
+            np.testing.assert_allclose(other[name], weight, atol=1e-7, rtol=0, err_msg=name)
 
 
 # --- a real run -----------------------------------------------------------------------------------------------
