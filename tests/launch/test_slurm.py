@@ -119,13 +119,16 @@ def test_a_job_of_papermill_that_is_requeued_ends_with_the_undisturbed_losses(ou
                 assert time.monotonic() < deadline, log.read_text() if log.exists() else "no log"
                 time.sleep(0.05)
 
-        print(time.time());until(lambda: (read_status(run_dir).get("step") or 0) >= 6, 180)
+        print(time.time())
+        until(lambda: (read_status(run_dir).get("step") or 0) >= 6, 180)
         subprocess.run(["scontrol", "requeue", job], env=environment, check=True)
-        print(time.time());until(lambda: read_status(run_dir)["state"] == "preempted", 60)
+        print(time.time())
+        until(lambda: read_status(run_dir)["state"] == "preempted", 60)
         before = read_status(run_dir)["step"]
         assert 6 <= before < STEPS
         beds.start_now(environment, job)
-        print(time.time());until(lambda: read_status(run_dir)["state"] == "done", 240)
+        print(time.time())
+        until(lambda: read_status(run_dir)["state"] == "done", 240)
     assert read_status(run_dir)["attempt"] == 2
     assert (
         f"goes on from its last checkpoint, step-{before}"
