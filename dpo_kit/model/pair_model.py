@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from dpo_kit.errors import UserError
-from dpo_kit.model import attention, blocks, builtin, model_folder
+from dpo_kit.model import attention, blocks, builtin, model_folder, tensor_parallel
 from dpo_kit.model.costs import Shape
 from dpo_kit.model.logprobs import LogprobHead, logps_of_logits
 from dpo_kit.model.packing import MicroBatch
-from dpo_kit.model.parallel import World, add_masters, copy_into, shard
+from dpo_kit.model.parallel import World, add_masters, copy_into, own_part, shard
 
 
 class PairModel(nn.Module):
@@ -131,6 +131,8 @@ def load(
         blocks.compile_blocks(layers, dynamic=True)
     sides = model_folder.side_files(folder) if trainable and world.is_main else None
     model = PairModel(lm, packed, builtin.ensure(path), sides).requires_grad_(trainable)
+    if world.tp_size > 1:
+        tensor_parallel.split(lm, world.mesh["tp"])
     if world.size > 1:
         shard(model, world, dtype)
     if packed:
@@ -148,7 +150,7 @@ def load(
     elif held != master:
         exact = dict(_whole(folder, master).named_parameters())
         for name, param in lm.named_parameters():
-            copy_into(param, exact[name])
+            copy_into(param, exact[name][own_part(param)])
     return model.train(trainable)
 
 
@@ -299,11 +301,11 @@ def _fill(model: PairModel, folder: Path) -> None:
         with safe_open(file, framework="pt") as f:
             for name in f.keys():  # noqa: SIM118 - a safe_open handle is no mapping
                 if (place := _place(name, params)) is not None:
-                    full = f.get_tensor(name)
-                    if full.shape != params[place].shape:
+                    param, held = params[place], f.get_slice(name)
+                    if tuple(held.get_shape()) != param.shape:
                         other.append(name)
                         continue
-                    copy_into(params[place], full)
+                    copy_into(param, held[own_part(param)])
                     missing.discard(place)
     _refuse_changed(folder, [*other, *sorted(missing)])
     on_meta = [n for n, b in model.named_buffers() if b.is_meta]
