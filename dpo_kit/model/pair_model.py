@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_kit.errors import UserError
-from dpo_kit.model import attention, blocks, builtin, model_folder, tensor_parallel
+from dpo_kit.model import attention, blocks, builtin, model_folder, split_sizes, tensor_parallel
 from dpo_kit.model.costs import Shape
 from dpo_kit.model.logprobs import LogprobHead, logps_of_logits
 from dpo_kit.model.packing import MicroBatch
@@ -120,7 +120,10 @@ def load(
     config = _config(folder)
     # A float64 or frozen model is kept in the dtype it computes in; a trained one in fp32 at least.
     master = dtype if not trainable or dtype == torch.float64 else torch.float32
-    packed = not attention.unsupported(config, longest_tokens)
+    unpacked = attention.unsupported(config, longest_tokens)
+    packed = not unpacked
+    if world.tp_size > 1 and (why := unpacked or split_sizes.problem(config.to_dict(), world.tp_size)):
+        raise UserError(f"{path}: cannot be split over t = {world.tp_size} tensor-parallel ranks: {why}")
     held = dtype if world.size == 1 else master
     if packed and config.tie_word_embeddings and model_folder.has_own_head(model_folder.tensors(folder)):
         config.tie_word_embeddings = False

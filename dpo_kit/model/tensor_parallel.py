@@ -39,7 +39,7 @@ def split(lm: Any, mesh: DeviceMesh) -> None:
     """Splits a causal language model over the ranks of a group, in place, before FSDP2.
 
     Args:
-        lm: of transformers, its head a `LogprobHead`, on any device, also meta; its sizes divide by the ranks.
+        lm: of transformers, its head a `LogprobHead`, on any device, also meta; `split_sizes` has no objection.
         mesh: the group, of one dimension.
 
     Raises:
