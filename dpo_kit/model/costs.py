@@ -96,7 +96,9 @@ class Shape:
 
     def part(self, tp_size: int) -> Shape:
         """What one of so many tensor-parallel ranks holds: every matrix is split, the hidden states are not."""
-        sizes = {name: getattr(self, name) // tp_size for name in ("heads", "kv_heads", "intermediate", "vocab")}
+        sizes = {
+            name: getattr(self, name) // tp_size for name in ("heads", "kv_heads", "intermediate", "vocab")
+        }
         return replace(self, **sizes)
 
     def work(self, lengths: np.ndarray, share: bool) -> np.ndarray:

@@ -1,7 +1,7 @@
 """The policy and the frozen reference: built empty, sharded, then filled from safetensors.
 
-Each rank reads the files itself, one tensor at a time (memory-mapped), and keeps its own rows, so that the
-host never holds a second copy of a large model. Only safetensors are read, remote code is never run.
+Each rank reads its own part of the files (memory-mapped), one tensor at a time, so that nobody ever holds more of a
+large model than is its own. Only safetensors are read, remote code is never run.
 
 Not here: what the model computes on a micro-batch beyond calling it (engine), built-in names (`builtin`), what lies
 in a folder (`model_folder`), writing one (`export`).
@@ -24,7 +24,7 @@ from dpo_kit.model import attention, blocks, builtin, model_folder, split_sizes,
 from dpo_kit.model.costs import Shape
 from dpo_kit.model.logprobs import LogprobHead, logps_of_logits
 from dpo_kit.model.packing import MicroBatch
-from dpo_kit.model.parallel import World, add_masters, copy_into, own_part, shard
+from dpo_kit.model.parallel import World, add_masters, copy_into, shard
 
 
 class PairModel(nn.Module):
@@ -153,7 +153,7 @@ def load(
     elif held != master:
         exact = dict(_whole(folder, master).named_parameters())
         for name, param in lm.named_parameters():
-            copy_into(param, exact[name][own_part(param)])
+            copy_into(param, exact[name])
     return model.train(trainable)
 
 
@@ -300,16 +300,16 @@ def _fill(model: PairModel, folder: Path) -> None:
 
     params = dict(model.lm.named_parameters(remove_duplicate=True))
     missing, other = set(params), []
-    for file in model_folder.weight_files(folder):
-        with safe_open(file, framework="pt") as f:
-            for name in f.keys():  # noqa: SIM118 - a safe_open handle is no mapping
-                if (place := _place(name, params)) is not None:
-                    param, held = params[place], f.get_slice(name)
-                    if tuple(held.get_shape()) != param.shape:
-                        other.append(name)
-                        continue
-                    copy_into(param, held[own_part(param)])
-                    missing.discard(place)
+    for name, weight in model_folder.tensors(folder).items():
+        if (place := _place(name, params)) is not None:
+            param = params[place]
+            if weight.shape != param.shape:
+                other.append(name)
+                continue
+            # Opened for one tensor: until it is closed, all that was read of a file counts as this process's memory.
+            with safe_open(weight.file, framework="pt") as file:
+                copy_into(param, file.get_slice(name))
+            missing.discard(place)
     _refuse_changed(folder, [*other, *sorted(missing)])
     on_meta = [n for n, b in model.named_buffers() if b.is_meta]
     assert not on_meta, f"buffers without values: {on_meta}"

@@ -237,12 +237,13 @@ def own_part(param: Tensor) -> tuple[slice, ...]:
 
 
 @torch.no_grad()
-def copy_into(param: Tensor, part: Tensor) -> None:
-    """Copies values into a parameter that may be sharded or have a master.
+def copy_into(param: Tensor, whole: Any) -> None:
+    """Copies a whole tensor into a parameter that may be sharded or have a master: each rank takes its own part.
 
     Args:
-        part: the `own_part` of the whole tensor.
+        whole: a tensor, or a slice of a safetensors file, which reads what it is asked for.
     """
+    part = whole[own_part(param)]
     if isinstance(param, DTensor):
         param.to_local().copy_(part)
         return

@@ -27,7 +27,9 @@ def problem(made: dict[str, Any], tp_size: int) -> str:
         return ""
     if made.get("model_type") not in MODEL_TYPES:
         kinds = ", ".join(MODEL_TYPES)
-        return f"no plan is known of how to split a model of type {made.get('model_type')!r} ({kinds}); use t1"
+        return (
+            f"no plan is known of how to split a model of type {made.get('model_type')!r} ({kinds}); use t1"
+        )
     shape = Shape.of(made)
     sizes = {
         "attention heads": shape.heads,

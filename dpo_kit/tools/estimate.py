@@ -212,9 +212,7 @@ def _time(
     return {**parts, "step": step, "evaluations_count": num_evaluations, "total": sum(parts.values())}
 
 
-def _probed(
-    config: Config, costs: np.ndarray, tokens: dict[str, Any], dp_size: int
-) -> list[list[list[int]]]:
+def _probed(config: Config, costs: np.ndarray, tokens: dict[str, Any], dp_size: int) -> list[list[list[int]]]:
     """The micro-batches to try: the first ones of the step that is closest to the mean."""
     steps = _planned(config, len(costs), tokens["steps"])
     rows = min(steps, key=lambda rows: abs(costs[rows].sum() - np.mean([costs[r].sum() for r in steps])))
