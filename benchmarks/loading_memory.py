@@ -3,9 +3,9 @@
     python benchmarks/loading_memory.py                a shape of 2 GB in fp32 (494 M parameters), 4 gloo ranks
     python benchmarks/loading_memory.py --tp 1         only sharded by FSDP2; 2: half of the ranks share each layer
 
-The weights are written once, in one file of fp32, into a temporary folder below runs/benchmarks. A rank's private memory
-(USS: pages that no other process maps, those of mapped files included) is read every few milliseconds by a thread of
-its own while it loads; the level before is that of a rank which has imported everything and joined the others.
+The weights are written once, in one file of fp32, into a temporary folder below runs/benchmarks. A rank's private
+memory (USS: pages that no other process maps, those of mapped files included) is read every few milliseconds by a
+thread of its own while it loads; the level before is that of a rank which has imported everything and joined the rest.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def private_bytes() -> int:
 
 
 def load_and_watch(folder: str, tp_size: int) -> tuple[int, int, int, int]:
-    """On a rank: bytes of all parameters and of this rank's; private bytes above the level before, at the peak and left."""
+    """On a rank: bytes of all parameters and of its own; private bytes above the level before, at the peak and left."""
     import torch
 
     from dpo_kit.engine.optimizer import local

@@ -10,8 +10,8 @@ A checkpoint is only taken for a run of the same data, weights and settings: any
 
 The step alone gives the scheduler and the sampler (`schedule`) and the length of `metrics.jsonl`. A checkpoint may be
 loaded by ranks of another number or layout: each takes its part of every tensor; the generators then start anew,
-which only dropout and bfloat16 optimizer states can notice. `.metadata` is a pickle: it is read from the run's own folder
-only, and only after its hash was found in `COMMIT.json`.
+which only dropout and bfloat16 optimizer states can notice. `.metadata` is a pickle: it is read from the run's own
+folder only, and only after its hash was found in `COMMIT.json`.
 
 Not here: when a checkpoint is due (`recorder`), how the folders are named (records/checkpoint_folders).
 """

@@ -18,6 +18,7 @@ any sampling.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ class _TokenLogps(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, size: int, keep: bool, group: Any
     ) -> Tensor:
         index, is_mine = own_targets(targets, len(weight), group)
-        found: list[tuple[Tensor, Tensor, Tensor]] = []
+        found: list[tuple[Tensor, ...]] = []
         for h, t in zip(hidden.split(size), index.split(size), strict=True):
             # In place, pass after pass: a fresh [K, V] tensor costs more than the arithmetic on it.
             logits = _upcast(h @ weight.T)
@@ -54,7 +55,7 @@ class _TokenLogps(torch.autograd.Function):
             largest = logits.amax(-1)
             found.append((picked, largest, logits.sub_(largest[:, None]).exp_().sum(-1)))
             ctx.kept = (logits, largest) if keep and size >= len(targets) else None
-        picked, largest, log_z = over_vocabulary(*map(torch.cat, zip(*found, strict=True)), is_mine, group)
+        picked, largest, log_z = over_vocabulary(found, is_mine, group)
         ctx.size, ctx.group = size, group
         ctx.save_for_backward(hidden, weight, targets, largest, log_z)
         return picked - largest - log_z
@@ -95,7 +96,7 @@ class _TokenLogps(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None, None, None
 
 
-def own_targets(targets: Tensor, num_words: int, group: Any) -> tuple[Tensor, Tensor | None]:
+def own_targets(targets: Tensor, num_words: int, group: Any) -> tuple[Tensor, Any]:
     """Where this rank's part of the vocabulary holds token ids, and which of them it does hold.
 
     Args:
@@ -114,24 +115,24 @@ def own_targets(targets: Tensor, num_words: int, group: Any) -> tuple[Tensor, Te
 
 
 def over_vocabulary(
-    picked: Tensor, largest: Tensor, sums: Tensor, is_mine: Tensor | None, group: Any
+    found: Sequence[tuple[Tensor, ...]], is_mine: Any, group: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What the ranks of `group` know of each token, put together; equals the same over whole rows of logits.
 
     Args:
-        picked: logit of the target. Shape: (T,), as all others
-        largest: largest logit of this rank's part.
-        sums: sum of exp(logit - largest) over this rank's part.
-        is_mine: tokens whose target this rank holds.
+        found: of each chunk the target's logit, the largest logit of this rank's part, and the sum of
+            exp(logit - largest) over it. Shapes: (K,), (K,), (K,)
+        is_mine: tokens whose target this rank holds. Shape: (T,)
 
     Returns:
-        The target's logit, the largest one, and log of the sum of exp(logit - largest).
+        The target's logit, the largest one, and log of the sum of exp(logit - largest). Shapes: (T,), (T,), (T,)
     """
+    picked, largest, sums = map(torch.cat, zip(*found, strict=True))
     if group is None:
         return picked, largest, sums.log()
     highest = largest.clone()
     dist.all_reduce(highest, dist.ReduceOp.MAX, group)
-    both = torch.stack([picked * is_mine, sums * (largest - highest).exp()])
+    both = torch.stack([picked.where(is_mine, 0.0), sums * (largest - highest).exp()])
     dist.all_reduce(both, group=group)
     return both[0], highest, both[1].log()
 

@@ -226,7 +226,7 @@ def own_part(param: Tensor) -> tuple[slice, ...]:
     part = [slice(0, size) for size in param.shape]
     if isinstance(param, DTensor):
         mesh = param.device_mesh
-        # Cut over `tp` first, and then what is left over `dp` as FSDP2 cuts: the last ranks may hold fewer rows or none.
+        # Cut over `tp` first, then what is left over `dp`, as FSDP2 cuts: the last ranks may hold fewer rows or none.
         for dim in reversed(range(mesh.ndim)):
             if (at := getattr(param.placements[dim], "dim", None)) is not None:
                 start, stop = part[at].start, part[at].stop
@@ -278,11 +278,10 @@ def grad_norm(params: Sequence[nn.Parameter]) -> Tensor:
 
 def _norm_over_mesh(grads: Sequence[Any]) -> Tensor:
     """The same of gradients that are cut twice; those that all ranks of `tp` hold alike count once."""
-    squares = []
+    total = torch.zeros((), dtype=torch.float64, device=grads[0].to_local().device)
     for is_cut in (True, False):
         parts = [grad.to_local() for grad in grads if grad.placements[1].is_replicate() != is_cut]
-        norms = torch.stack(torch._foreach_norm(parts)).double()
-        squares.append(norms.square().sum() / (1 if is_cut else grads[0].device_mesh.size(1)))
-    total = sum(squares)
+        squares = torch.stack(torch._foreach_norm(parts)).double().square()
+        total += squares.sum() / (1 if is_cut else grads[0].device_mesh.size(1))
     dist.all_reduce(total)
     return total.sqrt().to(parts[0].dtype)
