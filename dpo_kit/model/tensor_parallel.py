@@ -150,13 +150,13 @@ class _SumInBackward(torch.autograd.Function):
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over the ranks, in place; its gradient is that of each part."""
+    """The sum over the ranks; its gradient is that of each part."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
-        ctx.mark_dirty(x)
-        dist.all_reduce(x, group=group)
-        return x
+        total = x.clone()  # selective recomputation may have kept x for the backward
+        dist.all_reduce(total, group=group)
+        return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:

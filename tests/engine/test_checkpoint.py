@@ -37,7 +37,7 @@ def train_on(folder: str, overrides: tuple[str, ...] = (), *, run: str = "run", 
         The record of each step that was run, the last step, and all weights.
     """
     root = Path(folder)
-    with one_rank() as world:
+    with one_rank(*overrides) as world:
         if world.is_main and not (root / "pairs").exists():
             store_of(random_pairs(46), root / "pairs")
         world.barrier()
