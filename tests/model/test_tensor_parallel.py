@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dpo_kit.engine import step
-from dpo_kit.model import export, logprobs, packing, pair_model, parallel, tensor_parallel
-from tests.helpers import one_rank, random_pairs, train_tiny
+from dpo_kit.model import builtin, export, logprobs, pair_model, parallel, tensor_parallel
+from tests.helpers import one_rank, train_tiny
 from tests.model.test_pair_model import small_model
 
 UNSHARED, AGAIN = "actor.share_prompt=false", "actor.gradient_checkpointing=selective"
@@ -23,12 +23,12 @@ CASES = {
     "qwen3": ("qwen3", False, (AGAIN,)),
 }
 TOLERANCES = {"float32": (1e-5, 1e-3), "float64": (1e-9, 1e-7)}
-NUM_PAIRS = 24
+NUM_PAIRS = 16
 
 
-def model(folder: Path, family: str, tied: bool = False) -> str:
+def model(folder: Path, family: str, tied: bool = False, **sizes: int) -> str:
     """A random model whose biases and norms are random, too: at zeros and ones they would hide a mistake."""
-    path = small_model(folder, family, 2, tied)
+    path = small_model(folder, family, 2, tied, **sizes)
     torch.manual_seed(1)
     tensors = load_file(f"{path}/model.safetensors")
     tensors = {name: value + 0.1 * torch.randn_like(value) for name, value in tensors.items()}
@@ -45,7 +45,7 @@ def jobs(tmp_path_factory):
         for dtype in TOLERANCES:
             common = (f"actor.dtype={dtype}", f"ref.dtype={dtype}", "actor.optimizer.lr=1e-4")
             paths = (f"actor.path={path}", f"ref.path={path}", "tokenizer_path=tiny-random")
-            bound = ("train_dataset.batch_size=6", "actor.mb_spec.max_tokens_per_mb=120")
+            bound = ("train_dataset.batch_size=4", "actor.mb_spec.max_tokens_per_mb=100")
             made[name, dtype] = (*common, *paths, *bound, "total_train_epochs=5", *settings)
     return made
 
@@ -66,20 +66,118 @@ def train_all(folder: str, jobs: dict, backend: str = "fsdp:d1") -> dict:
     }
 
 
-def assert_equal(found: dict, alone: dict) -> None:
-    for job, steps in found.items():
-        losses, norms = TOLERANCES[job[1]]
-        assert len(steps) == len(alone[job]) == 20
-        for mine, theirs in zip(steps, alone[job], strict=True):
-            assert mine["dpo/loss"] == pytest.approx(theirs["dpo/loss"], abs=losses), job
-            assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=norms), job
+def assert_equal(job: tuple[str, str], found: list[dict], alone: list[dict]) -> None:
+    losses, norms = TOLERANCES[job[1]]
+    for mine, theirs in zip(found, alone, strict=True):
+        assert mine["dpo/loss"] == pytest.approx(theirs["dpo/loss"], abs=losses), job
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=norms), job
 
 
 @pytest.mark.parametrize("backend", ["fsdp:d1t2", "fsdp:d2t2"])
 def test_ranks_that_share_layers_train_as_one_rank(request, jobs, alone, tmp_path, backend):
     pool = request.getfixturevalue("ranks" if backend == "fsdp:d1t2" else "four_ranks")
     by_rank = pool.run(train_all, str(tmp_path), jobs, backend)
-    assert_equal(by_rank[0], alone)
-    for other in by_rank[1:]:
-        for job, steps in other.items():
-            assert [s["dpo/loss"] for s in steps] == [s["dpo/loss"] for s in by_rank[0][job]]
+    for job in jobs:
+        assert len(alone[job]) == 20
+        assert_equal(job, by_rank[0][job], alone[job])
+        for other in by_rank[1:]:
+            assert [s["dpo/loss"] for s in other[job]] == [s["dpo/loss"] for s in by_rank[0][job]]
+
+
+# --- mistakes that must be seen ---------------------------------------------------------------------------------
+
+
+def log_sum_exp_of_one_rank(found, is_mine, group):
+    """As if each rank's part were the whole vocabulary: only the target's logit crosses the ranks."""
+    picked, largest, sums = map(torch.cat, zip(*found, strict=True))
+    picked = picked.where(is_mine, 0.0)
+    torch.distributed.all_reduce(picked, group=group)
+    return picked, largest, sums.log()
+
+
+def largest_of_one_rank(found, is_mine, group):
+    """The sums of exponentials are added without bringing them to one largest logit."""
+    picked, largest, sums = map(torch.cat, zip(*found, strict=True))
+    both = torch.stack([picked.where(is_mine, 0.0), sums])
+    torch.distributed.all_reduce(both, group=group)
+    return both[0], largest, both[1].log()
+
+
+class NotSummed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+MISTAKES = {
+    "none": (logprobs, "over_vocabulary", logprobs.over_vocabulary),
+    "log-sum-exp of one rank": (logprobs, "over_vocabulary", log_sum_exp_of_one_rank),
+    "largest logit of one rank": (logprobs, "over_vocabulary", largest_of_one_rank),
+    "gradients of inputs and of norms of heads": (tensor_parallel, "_SumInBackward", NotSummed),
+    "norms of heads": (tensor_parallel, "_on_heads", tensor_parallel._plainly),
+}
+
+
+def with_mistake(name: str, folder: str, jobs: dict) -> dict:
+    owner, attribute, wrong = MISTAKES[name]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, attribute, wrong)
+        return train_all(folder, jobs, "fsdp:d1t2")
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_sum_over_ranks_that_is_wrong_is_seen(ranks, jobs, alone, tmp_path, name):
+    job = ("qwen3", "float64")
+    overrides = (*jobs[job], "ref.first_step_check=off", "total_train_steps=1")
+    found = ranks.run(with_mistake, name, str(tmp_path), {job: overrides})[0][job]
+    with contextlib.nullcontext() if name == "none" else pytest.raises(AssertionError):
+        assert_equal(job, found, alone[job][:1])
+
+
+# --- reading and writing ----------------------------------------------------------------------------------------
+
+
+UNEVEN = {"vocab_size": 266, "hidden_size": 30, "intermediate_size": 66, "head_dim": 6}
+
+
+def parts_and_export(path: str, folder: str, backend: str) -> dict[str, tuple[bool, bool]]:
+    """For each weight whether this rank holds its own part of the file, and the whole is the file's; exports it."""
+    whole, found = load_file(f"{path}/model.safetensors"), {}
+    with one_rank(f"actor.backend={backend}") as world, pytest.MonkeyPatch.context() as patch:
+        policy = pair_model.load(path, world, dtype=torch.float32, **OPTIONS)
+        for name, param in parallel.masters(policy).items():
+            expected = whole[name.removeprefix("lm.")]
+            is_own = torch.equal(param.to_local(), expected[parallel.own_part(param)])
+            found[name] = is_own, torch.equal(parallel.full_tensor(param), expected)
+        patch.setattr(export, "FILE_BYTES", 30_000)
+        tokenizer = builtin.load_tokenizer("tiny-random")
+        export.write(policy, Path(folder), tokenizer, world, dtype=torch.float32, end_token_id=7)
+    return found
+
+
+OPTIONS = {"trainable": True, "gradient_checkpointing": False, "longest_tokens": 64}
+
+
+@pytest.mark.parametrize("backend", ["fsdp:d2t2", "fsdp:d4"])
+def test_each_rank_reads_its_part_and_rank_0_writes_the_whole(four_ranks, tmp_path, backend):
+    """Sizes that do not divide by the data-parallel ranks: some hold a row less."""
+    path = model(tmp_path / "m", "qwen2", **UNEVEN)
+    for found in four_ranks.run(parts_and_export, path, str(tmp_path / "out"), backend):
+        assert set(found.values()) == {(True, True)}
+    written, files = load_folder(tmp_path / "out"), sorted(p.name for p in (tmp_path / "out").glob("model*"))
+    whole = load_file(f"{path}/model.safetensors")
+    assert files[0].startswith("model-00001-of-0000")
+    assert files[-1] == "model.safetensors.index.json"
+    assert written.keys() == whole.keys()
+    assert all(torch.equal(written[name], value) for name, value in whole.items())
+
+
+def load_folder(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of a folder as transformers reads them."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
