@@ -70,7 +70,7 @@ def tiny_config(fileroot: Path, *overrides: str):
 
 @contextmanager
 def one_rank(*overrides: str):
-    """A process group of this process alone, unless it is a rank already: then `actor.backend` says who shares layers."""
+    """A process group of this process alone, unless it is a rank: then `actor.backend` says who shares layers."""
     if dist.is_initialized():
         backend = tiny_config(Path(), *overrides).actor.backend
         yield parallel.init_world(cuda=False, tp_size=config_module.parse_backend(backend).t)

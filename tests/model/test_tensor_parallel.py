@@ -9,9 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dpo_kit.engine import loop, state
+from dpo_kit.errors import UserError
 from dpo_kit.model import builtin, export, logprobs, pair_model, parallel, tensor_parallel
-from tests.helpers import one_rank, train_tiny
+from dpo_kit.preferences import open_store
+from tests.helpers import make_engine, one_rank, random_pairs, store_of, tiny_config, train_tiny
 from tests.model.test_pair_model import small_model
+from tests.model.test_parallel import UNPACKED, windowed
 
 UNSHARED, AGAIN = "actor.share_prompt=false", "actor.gradient_checkpointing=selective"
 # Family, tied, and what is set beside.
@@ -38,7 +42,7 @@ def model(folder: Path, family: str, tied: bool = False, **sizes: int) -> str:
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory):
-    """Overrides of a run of 20 steps for every case and dtype."""
+    """Overrides of runs of 20 steps by case and dtype."""
     root, made = tmp_path_factory.mktemp("models"), {}
     for name, (family, tied, settings) in CASES.items():
         path = model(root / name, family, tied)
@@ -73,11 +77,25 @@ def assert_equal(job: tuple[str, str], found: list[dict], alone: list[dict]) -> 
         assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=norms), job
 
 
-@pytest.mark.parametrize("backend", ["fsdp:d1t2", "fsdp:d2t2"])
-def test_ranks_that_share_layers_train_as_one_rank(request, jobs, alone, tmp_path, backend):
+SOME = {
+    "fsdp:d1t2": [(name, "float64") for name in CASES] + [("llama", "float32")],
+    "fsdp:d2t2": [("llama tied unshared", "float64"), ("qwen2 tied", "float32"), ("qwen3", "float64")],
+}
+ALL = [(name, dtype) for name in CASES for dtype in TOLERANCES]
+
+
+@pytest.mark.parametrize(
+    ("backend", "which"),
+    [
+        *SOME.items(),
+        pytest.param("fsdp:d1t2", ALL, marks=pytest.mark.slow),
+        pytest.param("fsdp:d2t2", ALL, marks=pytest.mark.slow),
+    ],
+)
+def test_ranks_that_share_layers_train_as_one_rank(request, jobs, alone, tmp_path, backend, which):
     pool = request.getfixturevalue("ranks" if backend == "fsdp:d1t2" else "four_ranks")
-    by_rank = pool.run(train_all, str(tmp_path), jobs, backend)
-    for job in jobs:
+    by_rank = pool.run(train_all, str(tmp_path), {job: jobs[job] for job in which}, backend, timeout_s=600)
+    for job in which:
         assert len(alone[job]) == 20
         assert_equal(job, by_rank[0][job], alone[job])
         for other in by_rank[1:]:
@@ -181,3 +199,53 @@ def load_folder(folder: Path) -> dict[str, torch.Tensor]:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+# --- the run around it --------------------------------------------------------------------------------------------
+
+
+def stopped_by_one(folder: str) -> int:
+    """Steps that were done when only the last rank heard a signal, in its second step."""
+    done: list[dict] = []
+    with one_rank(*D1T2) as world:
+        if world.is_main:
+            store_of(random_pairs(16), Path(folder) / "pairs")
+        world.barrier()
+        engine = make_engine(world, tiny_config(Path(folder), *D1T2), open_store(Path(folder) / "pairs"))
+        engine.should_stop = lambda: world.rank == 1 and len(done) == 1
+        hooks = loop.Hooks(done.append, lambda *_: None, lambda *_: False, lambda _: None)
+        with pytest.raises(state.Stopped):
+            loop.train(engine, hooks)
+    return len(done)
+
+
+D1T2 = ("actor.backend=fsdp:d1t2", "ref.backend=fsdp:d1t2")
+
+
+def test_a_signal_to_any_rank_stops_all(ranks, tmp_path):
+    assert ranks.run(stopped_by_one, str(tmp_path)) == [2, 2]
+
+
+def refusals(paths: list[str]) -> list[str]:
+    """What ranks say of models that they cannot share."""
+    said = []
+    with one_rank(*D1T2) as world:
+        for path in paths:
+            with pytest.raises(UserError) as caught:
+                pair_model.load(path, world, dtype=torch.float32, **OPTIONS)
+            said.append(str(caught.value).removeprefix(path))
+    return said
+
+
+def test_what_cannot_be_split_is_refused(ranks, tmp_path):
+    """By the ranks, for models that nobody has looked at before, and windows that only the data tell too short."""
+    kinds = {
+        "odd": lambda folder: model(folder, "llama", vocab_size=265, intermediate_size=45),
+        "window": windowed,
+        "gpt2": UNPACKED["gpt2"],
+    }
+    odd, window, other = ranks.run(refusals, [make(tmp_path / name) for name, make in kinds.items()])[0]
+    sizes = "45 columns of the gated layer and 265 rows of the vocabulary do not divide by 2; use t1"
+    assert odd == f": cannot be split over t = 2 tensor-parallel ranks: {sizes}"
+    assert "attention window of 16 tokens is shorter than the longest text (64 tokens)" in window
+    assert "model type 'gpt2' is none of" in other
