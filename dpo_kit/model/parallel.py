@@ -179,7 +179,8 @@ def _shard_parts(lm: Any, options: dict[str, Any]) -> None:
     if lm.lm_head.weight is body.embed_tokens.weight:
         fully_shard([body.embed_tokens, body.norm, lm.lm_head], reshard_after_forward=False, **options)
     else:
-        fully_shard(body.embed_tokens, **options)
+        # Its backward needs no weight, and FSDP2 would gather it again for it.
+        fully_shard(body.embed_tokens, reshard_after_forward=False, **options)
         fully_shard([body.norm, lm.lm_head], reshard_after_forward=False, **options)
     for block in body.layers:
         fully_shard(block, reshard_after_forward=True, **options)
