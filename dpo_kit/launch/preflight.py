@@ -64,12 +64,12 @@ def check_models(config: Config) -> None:
         from dpo_kit.dataset.tokens import vocabulary_problems
 
         problems = vocabulary_problems(config, _vocabulary)
-    if problems := problems or _not_split(config):
+    if problems := problems or not_split(config):
         raise ConfigError(problems)
 
 
-def _not_split(config: Config) -> list[str]:
-    """Models at hand that the backend's tensor-parallel ranks cannot share."""
+def not_split(config: Config) -> list[str]:
+    """Models at hand that the backend's tensor-parallel ranks cannot share, a line each."""
     tp_size, problems = parse_backend(config.actor.backend).t, []
     for field in ("actor", "ref"):
         path = getattr(config, field).path

@@ -19,7 +19,8 @@ from dpo_kit import config as config_module
 from dpo_kit import dataset
 from dpo_kit.config import Config, steps
 from dpo_kit.engine import reference, schedule, token_budget
-from dpo_kit.errors import UserError
+from dpo_kit.errors import ConfigError, UserError
+from dpo_kit.launch import preflight
 from dpo_kit.model import builtin
 from dpo_kit.model.costs import (
     DTYPE_BYTES,
@@ -56,10 +57,12 @@ def make(config: Config, *, probe: bool = True) -> dict[str, Any]:
         probe: try a few blocks for the times; a run that does not fit in memory is never tried.
 
     Raises:
-        UserError: the model's config.json is nowhere, or the data cannot be used.
+        UserError: the model's config.json is nowhere, its sizes do not divide, or the data cannot be used.
     """
     folder = model_folder(config.actor.path)
     shape = read_shape(str(folder))
+    if no_split := preflight.not_split(config):
+        raise ConfigError(no_split)
     num_ranks = config_module.parse_backend(config.actor.backend).world_size
     train, valid = _stores(config)
     free = machine.free_bytes_of_rank(num_ranks, on_cuda=bool(config.cluster.n_gpus_per_node))
