@@ -50,18 +50,18 @@ def split(lm: Any, mesh: DeviceMesh) -> None:
     if unknown := set(plan.values()) - {COLWISE, ROWWISE, ON_HEADS}:
         raise ValueError(f"{lm.config.model_type}: its plan of tensor parallelism has {sorted(unknown)}")
     is_tied = lm.lm_head.weight is body.embed_tokens.weight
-    split_layers = set()
+    styles = {name: plan.get(re.sub(r"\d+", "*", name)) for name, _ in body.named_modules()}
+    split_layers = {name.rpartition(".")[0] for name, style in styles.items() if style == COLWISE}
     for name, module in body.named_modules():
-        style, above = plan.get(re.sub(r"\d+", "*", name)), name.rpartition(".")[0]
+        style = styles[name]
         if style == COLWISE:
-            split_layers.add(above)
             _take_over(module, mesh, _plainly, {"weight": Shard(0), "bias": Shard(0)})
         elif style == ROWWISE:
             _take_over(module, mesh, _rowwise, {"weight": Shard(1)})
         elif module is body.embed_tokens:
             _take_over(module, mesh, _embed, {"weight": Shard(0)})
         elif module._parameters:
-            _take_over(module, mesh, _on_heads if above in split_layers else _plainly, {})
+            _take_over(module, mesh, _on_heads if name.rpartition(".")[0] in split_layers else _plainly, {})
     for name in split_layers:
         body.get_submodule(name).register_forward_pre_hook(_sum_gradient_of_input(group), with_kwargs=True)
     if is_tied:
