@@ -63,7 +63,15 @@ def test_the_pins_hold_on_every_platform():
 def test_python_and_package_agree():
     assert SpecifierSet(PROJECT["requires-python"]).contains("3.11")
     assert "3, 11" in (ROOT / ".ci" / "preflight.py").read_text()
-    assert set(PROJECT["optional-dependencies"]) == {"notebook", "ray", "tracking", "bench", "dev"}
+    assert set(PROJECT["optional-dependencies"]) == {
+        "notebook",
+        "lora",
+        "ray",
+        "slurm",
+        "tracking",
+        "bench",
+        "dev",
+    }
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "params").glob("*.yaml")), ids=lambda path: path.name)

@@ -137,11 +137,6 @@ def _backend(field: str, text: str) -> tuple[Backend | None, list[str]]:
             f"pipeline stages; for the same {backend.d * backend.p} ranks use {d}"
             + (f"t{backend.t}" if backend.t > 1 else "")
         ]
-    if backend.t != 1:
-        return None, [
-            f"{field} = {text!r}: tensor parallelism (t = {backend.t}) is not built yet; "
-            f"use t1, e.g. fsdp:d{backend.world_size} for the same {backend.world_size} ranks"
-        ]
     return backend, []
 
 

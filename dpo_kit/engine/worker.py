@@ -128,7 +128,9 @@ def main(run_dir: Path) -> int:
     rank = int(os.environ["RANK"])
     cuda = os.environ.get("DPO_KIT_DEVICE", "cpu") == "cuda"
     try:
-        world = init_world(cuda=cuda, init_method=os.environ["DPO_KIT_INIT_METHOD"])
+        config = config_module.load(run_dir / "config.yaml")
+        tp_size = config_module.parse_backend(config.actor.backend).t
+        world = init_world(cuda=cuda, init_method=os.environ["DPO_KIT_INIT_METHOD"], tp_size=tp_size)
         run(run_dir, world, lambda: stop)
     except Stopped:
         status = ExitStatus.STOPPED

@@ -19,7 +19,8 @@ from dpo_kit import config as config_module
 from dpo_kit import dataset
 from dpo_kit.config import Config, steps
 from dpo_kit.engine import reference, schedule, token_budget
-from dpo_kit.errors import UserError
+from dpo_kit.errors import ConfigError, UserError
+from dpo_kit.launch import preflight
 from dpo_kit.model import builtin
 from dpo_kit.model.costs import (
     DTYPE_BYTES,
@@ -58,10 +59,12 @@ def make(config: Config, *, probe: bool = True) -> dict[str, Any]:
         probe: try a few blocks for the times; a run that does not fit in memory is never tried.
 
     Raises:
-        UserError: the model's config.json is nowhere, or the data cannot be used.
+        UserError: the model's config.json is nowhere, its sizes do not divide, or the data cannot be used.
     """
     folder = model_folder(config.actor.path)
     shape = read_shape(str(folder))
+    if no_split := preflight.not_split(config):
+        raise ConfigError(no_split)
     num_ranks = config_module.parse_backend(config.actor.backend).world_size
     train, valid = _stores(config)
     free = machine.free_bytes_of_rank(num_ranks, on_cuda=bool(config.cluster.n_gpus_per_node))
@@ -137,11 +140,12 @@ def _tokens(
     lengths, shares = store.all_lengths(), config.actor.share_prompt
     costs = {share: pair_costs(lengths, share) for share in (True, False)}
     run = costs[shares]
-    work = shape.work(lengths, shares) if num_ranks > 1 else None
-    largest, _ = token_budget.largest_micro_batch(config, run, num_ranks, bound, work)
+    dp_size = config_module.parse_backend(config.actor.backend).d
+    work = shape.work(lengths, shares) if dp_size > 1 else None
+    largest, _ = token_budget.largest_micro_batch(config, run, dp_size, bound, work)
     per_rank, num_micro_batches = [], []
     for rows in planned:
-        plan = plan_step(run[rows].tolist(), num_ranks, bound, None if work is None else work[rows].tolist())
+        plan = plan_step(run[rows].tolist(), dp_size, bound, None if work is None else work[rows].tolist())
         sizes = [[int(sum(run[rows[i]] for i in members)) for members in rank] for rank in plan]
         per_rank.append(max(map(sum, sizes)))
         num_micro_batches.append(len(plan[0]))
@@ -188,9 +192,10 @@ def _time(
     """Seconds by part of the run, and of one step."""
     from dpo_kit.tools import time_probe
 
-    tokens, device, num_ranks = found["tokens"], found["device"], found["ranks"]
+    tokens, device = found["tokens"], found["device"]
+    dp_size = config_module.parse_backend(config.actor.backend).d
     costs = pair_costs(train.all_lengths(), config.actor.share_prompt)
-    plan = _probed(config, costs, tokens, num_ranks)
+    plan = _probed(config, costs, tokens, dp_size)
     seconds = time_probe.measure(config, str(folder), train, plan)
     layers = shape.layers
     probed = max(sum(costs[r] for members in rank for r in members) for rank in plan)
@@ -205,22 +210,20 @@ def _time(
     num_evaluations, num_exports, _ = _counts(config, tokens["pairs"], step)
     parts = {
         "start": START_S[device] + 4 * shape.params / WRITE_BYTES_PER_S,
-        "reference_pass": forward * to_reference / num_ranks,
+        "reference_pass": forward * to_reference / dp_size,
         "training": step * tokens["steps"],
-        "evaluations": num_evaluations * forward * valid_tokens / num_ranks,
+        "evaluations": num_evaluations * forward * valid_tokens / dp_size,
         "exports": num_exports * export_bytes(shape, config) / WRITE_BYTES_PER_S,
         "samples": _samples_s(config, shape, valid, device),
     }
     return {**parts, "step": step, "evaluations_count": num_evaluations, "total": sum(parts.values())}
 
 
-def _probed(
-    config: Config, costs: np.ndarray, tokens: dict[str, Any], num_ranks: int
-) -> list[list[list[int]]]:
+def _probed(config: Config, costs: np.ndarray, tokens: dict[str, Any], dp_size: int) -> list[list[list[int]]]:
     """The micro-batches to try: the first ones of the step that is closest to the mean."""
     steps = _planned(config, len(costs), tokens["steps"])
     rows = min(steps, key=lambda rows: abs(costs[rows].sum() - np.mean([costs[r].sum() for r in steps])))
-    plan = plan_step([int(costs[r]) for r in rows], num_ranks, tokens["bound"])
+    plan = plan_step([int(costs[r]) for r in rows], dp_size, tokens["bound"])
     return [[[int(rows[i]) for i in members] for members in rank[:PROBED_MICRO_BATCHES]] for rank in plan]
 
 
