@@ -86,7 +86,8 @@ def measured(overrides: list[str], fileroot: str) -> tuple[float, float]:
     if run.returncode:
         raise SystemExit("\n".join(lines[-5:]))
     records = [json.loads(line) for line in (Path(lines[-1]) / "metrics.jsonl").read_text().splitlines()]
-    return sum(peaks.values()) / 2**30, statistics.median(record["step_s"] for record in records[1:])
+    seconds = [record["step_s"] for record in records if "step_s" in record]
+    return sum(peaks.values()) / 2**30, statistics.median(seconds[1:])
 
 
 def rank_pids(supervisor: int) -> list[int]:

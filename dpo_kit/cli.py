@@ -226,8 +226,11 @@ def _fileroot(arguments: argparse.Namespace) -> Path:
 
 def _train(arguments: argparse.Namespace) -> int:
     from dpo_kit import launch
+    from dpo_kit.launch import slurm
 
     config = _load(arguments)
+    if slurm.submits(config):
+        return slurm.submit(config, arguments.config, arguments.overrides)
     if not arguments.detach:
         return launch.run_in_foreground(config, arguments.config)
     print(launch.start(config, detached=True).dir)

@@ -6,13 +6,14 @@ data room check those.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from dpo_kit.config.schema import Config
+from dpo_kit.config.schema import ALL_LINEAR, Config
 from dpo_kit.config.values import show
 from dpo_kit.errors import ConfigError
 from dpo_kit.loss_types import SMOOTHED
@@ -42,7 +43,8 @@ def contradictions(config: Config, bad: Collection[str] = ()) -> list[str]:
         return not any(name == b or name.startswith(b + ".") for name in names for b in bad)
 
     problems: list[str] = []
-    for part in (_names, _secrets, _loss, _reference, _pair_granularity, _parallel, _data, _precision):
+    parts = (_names, _secrets, _loss, _reference, _pair_granularity, _parallel, _lora, _data, _precision)
+    for part in parts:
         problems += part(config, fine)
     return problems
 
@@ -193,6 +195,31 @@ def _devices(config: Config, backend: Backend) -> Iterator[str]:
             f"{devices} devices of cluster.n_nodes = {cluster.n_nodes} times cluster.n_gpus_per_node = "
             f"{cluster.n_gpus_per_node}; use fsdp:d{devices}, or cluster.n_gpus_per_node=0 for CPU ranks"
         )
+
+
+def _lora(config: Config, fine: Fine) -> Iterator[str]:
+    actor, targets = config.actor, config.actor.target_modules
+    if not fine("actor.use_lora"):
+        return
+    if fine("saver.merged") and config.saver.merged and not actor.use_lora:
+        yield (
+            "saver.merged = true merges adapters into their base and actor.use_lora = false trains none; use "
+            "actor.use_lora=true, or saver.merged=false"
+        )
+    if fine("actor.target_modules") and ALL_LINEAR in targets and len(targets) > 1:
+        yield (
+            f"actor.target_modules = {show(targets)} names all linear layers and others beside them; use "
+            f"[{ALL_LINEAR}], or the others alone"
+        )
+    if not actor.use_lora or not fine("actor.backend"):
+        return
+    with contextlib.suppress(ConfigError):  # a backend that cannot be read is told by `_parallel`
+        backend = parse_backend(actor.backend)
+        if backend.t > 1:
+            yield (
+                f"actor.backend = {actor.backend!r}: adapters (actor.use_lora = true) are not cut over "
+                f"tensor-parallel ranks (t = {backend.t}); use fsdp:d{backend.world_size}, or actor.use_lora=false"
+            )
 
 
 def _data(config: Config, fine: Fine) -> Iterator[str]:

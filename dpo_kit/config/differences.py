@@ -34,6 +34,8 @@ FREE = (
     "ref.mb_spec",
     *PLACES,
 )
+# Keys that say which weights are trained, and what they are.
+ADAPTERS = ("actor.use_lora", "actor.lora_rank", "actor.lora_alpha", "actor.target_modules")
 LENGTH = ("total_train_epochs", "total_train_steps")
 # What a checkpoint records of content, and the key that names it.
 _CONTENT = {

@@ -19,6 +19,8 @@ KEYS = {
     "eval_steps": "evaluator.freq_steps",
     "learning_rate": "actor.optimizer.lr",
     "loss": "actor.loss_type",
+    **dict.fromkeys(("lora_r", "lora_dim"), "actor.lora_rank"),
+    "lora_target_modules": "actor.target_modules",
     "lr_scheduler": "actor.optimizer.lr_scheduler_type",
     "max_grad_norm": "actor.optimizer.gradient_clipping",
     "max_seq_length": "train_dataset.max_length",
@@ -44,6 +46,7 @@ KEYS = {
     "torch_dtype": "actor.dtype",
     "total_steps": "total_train_steps",
     "train_batch_size": "train_dataset.batch_size",
+    "use_peft": "actor.use_lora",
     "warmup_ratio": "actor.optimizer.warmup_steps_proportion",
     "warmup_steps": "actor.optimizer.warmup_steps_proportion",
 }
@@ -108,3 +111,7 @@ OPTIMIZERS = {
     **_not_built("adafactor", "adamw_8bit", "adamw_bnb_8bit", "lamb", "lion", "muon", "paged_adamw_8bit"),
     **_not_built("rmsprop", "sgd", "shampoo", "sophia"),
 }
+
+PEFT_TYPES = _not_built(
+    "adalora", "dora", "ia3", "loha", "lokr", "oft", "prefix_tuning", "prompt_tuning", "qlora"
+)

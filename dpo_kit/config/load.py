@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import NoneType
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 from omegaconf import OmegaConf
@@ -234,7 +234,8 @@ def parse_override(text: str) -> tuple[str, Any]:
     if not equals or not name or name[0] in "+~-" or not all(name.split(".")):
         raise ValueError(f"override {text!r} is not an assignment; {FORM}")
     hint = _hint(name)
-    if hint is None or "${" in value or set(get_args(hint) or (hint,)) - {NoneType} == {str}:
+    is_text = get_origin(hint) is not list and set(get_args(hint) or (hint,)) - {NoneType} == {str}
+    if hint is None or "${" in value or is_text:
         return name, (value if hint is not None or "${" in value else parse_scalar(value))
     if is_null(value):
         return name, None

@@ -19,6 +19,7 @@ from dpo_kit.config import foreign_names
 from dpo_kit.loss_types import LOSS_TYPES
 
 DTYPES = ("bfloat16", "float32", "float64")
+ALL_LINEAR = "all-linear"  # alone in actor.target_modules it means what an empty list means, as in peft
 
 
 def rule(default: Any, **allowed: Any) -> Any:
@@ -51,7 +52,10 @@ class SchedulerConfig:
         None  # ours: of a Ray cluster; null: RAY_ADDRESS, a running one, else one of the run's own
     )
     wait_s: float = rule(60.0, ge=0)  # ours: for nodes that are not there yet
-    dry_run: bool = False  # ours: print the script that would be submitted to Slurm
+    # Ours, for Slurm outside an allocation: further options, print the script only, a notebook in the command's place.
+    sbatch: str | None = None
+    dry_run: bool = False
+    notebook: str | None = None
 
 
 @dataclass
@@ -97,6 +101,11 @@ class ActorConfig:
     compile: bool = False  # ours: compile each block
     deterministic: bool = False  # ours
     share_prompt: bool = True  # ours: run the common prefix of a pair once
+    use_lora: bool = False  # train low-rank adapters (peft) of frozen weights
+    lora_rank: int = rule(32, ge=1)
+    lora_alpha: int = rule(16, gt=0)
+    target_modules: list[str] = field(default_factory=list, metadata={"why": "none means all linear layers"})
+    peft_type: str = rule("lora", choices=("lora",), elsewhere=foreign_names.PEFT_TYPES)
     mb_spec: MicroBatchSpec = field(default_factory=MicroBatchSpec)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
@@ -159,6 +168,7 @@ class SaverConfig:
     freq_steps: int | None = rule(None, ge=1)
     freq_secs: float | None = rule(None, gt=0)
     best: bool = False  # ours
+    merged: bool = False  # ours, with actor.use_lora: write whole models, not adapters
 
 
 @dataclass

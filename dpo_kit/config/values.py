@@ -12,7 +12,7 @@ import contextlib
 import math
 import os
 from types import NoneType
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from dpo_kit.config import hints
 from dpo_kit.config.scalars import decimal, is_empty, is_null, parse_scalar, readings, underflows
@@ -54,6 +54,8 @@ def coerce(value: Any, hint: Any, rule: dict[str, Any], interpolated: bool = Fal
         BadValue: it cannot be, with what is allowed.
     """
     value = native(value)
+    if get_origin(hint) is list:
+        return _texts(value, rule)
     kinds = set(get_args(hint) or (hint,))
     if is_null(value):
         if NoneType in kinds or hint is Any:
@@ -73,6 +75,31 @@ def coerce(value: Any, hint: Any, rule: dict[str, Any], interpolated: bool = Fal
     if bool not in kinds and decimal(value) is None:
         _refuse_odd(value, kinds, rule)
     return _number(parse_scalar(value), value, kinds, rule)
+
+
+def _texts(value: Any, rule: dict[str, Any]) -> list[str]:
+    """A list of texts, given as a list or as the text that spells one: `[a, b]`, `a,b`, or one text alone."""
+    allowed = "a list of texts" + (f" ({rule['why']})" if "why" in rule else "")
+    if is_null(value):
+        raise BadValue(f"is empty (null, ~ and None mean nothing); give {allowed}, or []")
+    items = spelled_list(value)
+    if not isinstance(items, list | tuple):
+        raise BadValue(f"is {_kind(items)}; give {allowed}")
+    out = []
+    for item in items:
+        try:
+            out.append(_text(item, {}, False))
+        except BadValue as error:
+            raise BadValue(f"holds {show(item)}, which {error}; give {allowed}") from None
+    return out
+
+
+def spelled_list(value: Any) -> Any:
+    """The list that a text spells, in brackets or not: `[a, b]`, `a,b`, `a`. What is no text stays what it is."""
+    if not isinstance(value, str) or not value.strip():
+        return [] if isinstance(value, str) else value
+    is_bare = not value.lstrip().startswith("[")
+    return parse_scalar(f"[{value}]" if is_bare else value)
 
 
 def _refuse_odd(text: str, kinds: set[type], rule: dict[str, Any]) -> None:
@@ -182,11 +209,8 @@ def read_list(name: str, value: Any, kind: type) -> list:
     """
     if is_empty(value):
         return []
-    if isinstance(value, str):
-        if value.lstrip().startswith("["):
-            value = parse_scalar(value)
-        elif "," in value:  # as in a grid of the command
-            value = parse_scalar(f"[{value}]")
+    if isinstance(value, str) and (value.lstrip().startswith("[") or "," in value):
+        value = spelled_list(value)
     items = list(value) if isinstance(value, list | tuple) else [value]
     out, problems = [], []
     for item in items:

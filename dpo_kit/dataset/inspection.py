@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_kit.config import Config
+from dpo_kit.config.schema import ActorConfig
 from dpo_kit.dataset.builder import WARN_DROPPED_SHARE
 from dpo_kit.dataset.pairing import CONTRADICTORY, EMPTY, REPEATED, TOO_LONG, UNUSABLE
 from dpo_kit.dataset.report import shared_prompts
@@ -42,6 +43,16 @@ def settings(config: Config, model_config: Mapping[str, Any]) -> Iterator[Findin
     if actor.optimizer.lr == 0:
         text = "actor.optimizer.lr = 0: no weight will change; use 5e-6 or another rate above 0"
         yield Finding("bad", "settings", text)
+    given = {name: getattr(actor, name) for name in ("lora_rank", "lora_alpha", "target_modules")}
+    own = ActorConfig()
+    unused = ", ".join(
+        f"actor.{name} = {value}" for name, value in given.items() if value != getattr(own, name)
+    )
+    if unused and not actor.use_lora:
+        text = (
+            f"{unused}: not used, all weights are trained (actor.use_lora = false); use actor.use_lora=true"
+        )
+        yield Finding("look", "settings", f"{text} to train adapters")
     dropout = {k: v for k, v in model_config.items() if "dropout" in k or k.endswith("pdrop")}
     where = ", ".join(f"{k} = {v:g}" for k, v in dropout.items() if isinstance(v, float) and v > 0)
     if not actor.disable_dropout and where:

@@ -156,15 +156,27 @@ def check_models(config: Config) -> None:
     problems = []
     for field, path in _weights(config).items():
         try:
-            _model(config, path)
+            made = _model(config, path)
         except UserError as error:
             problems.append(f"{field}: {error}")
+            continue
+        if field == "actor.path":
+            problems += _targets(config, made["linear_layers"])
     if problems:
         raise ConfigError(problems)
 
 
+def _targets(config: Config, layers: list[str]) -> list[str]:
+    """What is wrong with the adapters' targets, which are layers of the policy."""
+    from dpo_kit.model import lora
+
+    adapters = lora.options(config)
+    wrong = lora.problem(adapters.targets, layers) if adapters else ""
+    return [wrong] if wrong else []
+
+
 def _model(config: Config, path: str) -> dict[str, Any]:
-    """`rows` of a model's embedding and its `positions`, None where it does not say.
+    """`rows` of a model's embedding and its `positions`, None where it does not say; names of its `linear_layers`.
 
     Raises:
         UserError: transformers would not load it cleanly.
@@ -176,11 +188,12 @@ def _model(config: Config, path: str) -> dict[str, Any]:
 
 @functools.lru_cache
 def _checked(folder: str, stamp: str) -> dict[str, Any]:
-    from dpo_kit.model import pair_model
+    from dpo_kit.model import lora, pair_model
 
-    pair_model.check(Path(folder))
+    layers = lora.linear_layers(pair_model.check(Path(folder)))
     made = pair_model.text_config(Path(folder))
-    return {"rows": getattr(made, "vocab_size", None), "positions": pair_model.positions(made)}
+    sizes = {"rows": getattr(made, "vocab_size", None), "positions": pair_model.positions(made)}
+    return {**sizes, "linear_layers": layers}
 
 
 def check_tokenizers(config: Config) -> None:

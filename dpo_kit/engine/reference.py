@@ -55,7 +55,8 @@ def prepare(engine: Engine, train_rows: np.ndarray | None = None) -> dict[str, s
     same = weights["actor"] == weights["ref"]
     engine.policy_is_reference = same and config.actor.dtype == config.ref.dtype
     if config.ref.logps == "online":
-        engine.ref_model = engine.load("ref")
+        is_inside = engine.policy_is_reference and engine.policy.adapted
+        engine.ref_model = engine.policy if is_inside else engine.load("ref")
         return weights
     unpacked = pair_model.why_unpacked(config.ref.path, longest_tokens([engine.train, engine.valid]))
     kernel = "plain" if unpacked else "shared" if config.actor.share_prompt else "unshared"
@@ -70,15 +71,16 @@ def prepare(engine: Engine, train_rows: np.ndarray | None = None) -> dict[str, s
         print(f"reference: {num_pairs - num_missing} of {num_pairs} pairs from the cache", flush=True)
     source = engine.policy if engine.policy_is_reference else engine.load("ref")
     source.eval()
-    if any(not need.recheck(source) for need in needs):
-        num_missing = num_pairs
+    with source.as_reference():
+        if any(not need.recheck(source) for need in needs):
+            num_missing = num_pairs
+            for need in needs:
+                need.found[:] = False
+            if world.is_main:
+                discard(folder)
+        done = 0
         for need in needs:
-            need.found[:] = False
-        if world.is_main:
-            discard(folder)
-    done = 0
-    for need in needs:
-        done = need.fill(source, done, num_missing)
+            done = need.fill(source, done, num_missing)
     engine.ref_train = needs[0].table()
     engine.ref_valid = needs[1].table() if engine.valid is not None else None
     return weights

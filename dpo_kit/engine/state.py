@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dpo_kit.config import Config
-from dpo_kit.model import pair_model
+from dpo_kit.model import lora, pair_model
 from dpo_kit.model.pair_model import PairModel
 from dpo_kit.model.parallel import DTYPES, World
 from dpo_kit.preferences import PairStore
@@ -125,6 +125,7 @@ def load_model(
         gradient_checkpointing=config.actor.gradient_checkpointing,
         longest_tokens=longest,
         compiled=config.actor.compile,
+        adapters=lora.options(config) if trainable else None,
     )
     if not loaded.packed and world.is_main:
         why = pair_model.why_unpacked(section.path, longest)

@@ -68,8 +68,8 @@ def reference_logps(engine: Engine, batch: MicroBatch, values: Tensor | None) ->
         picked = values.index_select(0, batch.rows)
         return picked[:, 0], picked[:, 1]
     assert engine.ref_model is not None
-    with torch.no_grad():
-        return response_logps(engine.ref_model, batch)
+    with torch.no_grad(), engine.ref_model.as_reference() as model:
+        return response_logps(model, batch)
 
 
 def pair_terms(

@@ -27,7 +27,7 @@ from dpo_kit.engine.optimizer import local
 from dpo_kit.engine.state import CPU_TOKENS, Engine
 from dpo_kit.errors import UserError
 from dpo_kit.model import packing
-from dpo_kit.model.costs import DTYPE_BYTES, Shape, tokens_that_fit
+from dpo_kit.model.costs import DTYPE_BYTES, Shape, second_model, tokens_that_fit
 from dpo_kit.model.packing import plan_step
 from dpo_kit.model.parallel import World, masters
 from dpo_kit.preferences import PairStore
@@ -274,7 +274,7 @@ def first_step_bytes(engine: Engine) -> int:
     for weight in map(local, masters(engine.policy).values()):
         is_wide = weight.dtype == torch.float64  # keeps its states in float64, too
         total += 2 * weight.numel() * (8 if is_wide else DTYPE_BYTES[config.actor.optimizer.state_dtype])
-    if config.ref.logps == "online" and shape is not None:
+    if second_model(config) and shape is not None:
         total += DTYPE_BYTES[config.ref.dtype] * shape.params // engine.world.size
     return total
 

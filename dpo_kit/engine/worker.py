@@ -101,9 +101,8 @@ def _hooks(run_dir: Path, engine: Engine, recorder: Recorder, keeper: Keeper) ->
         if world.is_main:
             card = export.model_card(config, metrics.readable_metrics(run_dir), found)
         folder = run_dir / name
-        export.write(
-            engine.policy, folder, tokenizer, world, dtype=dtype, end_token_id=end_token_id, card=card
-        )
+        told: dict[str, Any] = {"dtype": dtype, "end_token_id": end_token_id, "card": card}
+        export.write(engine.policy, folder, tokenizer, world, merged=config.saver.merged, **told)
 
     def evaluated(step: int, means: dict[str, Any], pairs: list[dict[str, Any]]) -> None:
         recorder.write_evaluation(step, means, pairs)

@@ -7,6 +7,7 @@ tokenizer or all of the data (dataset).
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -47,7 +48,8 @@ def check_models(config: Config) -> None:
 
     Of weights only the headers are read.
     """
-    problems = []
+    no_peft = config.actor.use_lora and importlib.util.find_spec("peft") is None
+    problems = [model_folder.NEEDS_PEFT] if no_peft else []
     for field, path in paths.named_models(config).items():
         if path in model_folder.NAMES:
             continue

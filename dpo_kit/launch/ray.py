@@ -6,7 +6,7 @@ The actors end with this process, which is their driver; when one of them is los
 What Ray gives is the placing and the news of a node's death; ranks, logs and orders go by the run folder.
 
     scheduler.address       the cluster; null: RAY_ADDRESS, one that runs on this machine, else one of the run's own,
-                            which listens on loopback only and ends with the run
+                            which listens on loopback only, wants a token and ends with the run
     RAY_AUTH_MODE=token     wanted of every cluster that listens on more; one without it is used with a warning
 
 Deliberately not here: ranks (supervise), autoscaling: nodes that come within `scheduler.wait_s` are taken.
@@ -16,9 +16,12 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import secrets
 import sys
+import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from dpo_kit import config as config_module
 from dpo_kit.config import Config
@@ -39,7 +42,7 @@ def main(run_dir: Path, token: str) -> int:
     actors = [
         _agent_class(ray, group, index).remote() for index in range(len(counts))
     ]  # end with their handles
-    variables = nodes.handed_on()
+    variables, addresses = nodes.handed_on(), _addresses(ray, group)
     waiting = {
         actor.run.remote(str(run_dir), token, index, variables): index for index, actor in enumerate(actors)
     }
@@ -49,8 +52,7 @@ def main(run_dir: Path, token: str) -> int:
         try:
             code, words = ray.get(done)
         except ray.exceptions.RayError as error:
-            said = " ".join(str(error).split())
-            print(f"node {index} of {len(counts)} is lost: {said[:400]}", flush=True)
+            print(f"{addresses[index]} (node {index} of {len(counts)}) is lost: {_cause(error)}", flush=True)
             return ExitStatus.FAILED
         if code:
             print(words or f"the agent of node {index} ended with status {code}", flush=True)
@@ -70,14 +72,17 @@ def _connect(ray: Any, config: Config) -> None:
     except ConnectionError as error:
         if config.scheduler.address or os.environ.get("RAY_ADDRESS"):
             where = config.scheduler.address or f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}"
-            raise UserError(
-                f"no Ray cluster answers at {where} ({' '.join(str(error).split())[:200]})"
-            ) from None
+            said, token = " ".join(str(error).split())[:200], ""
+            if os.environ.get("RAY_AUTH_MODE") != "token":
+                token = "; one that wants a token answers nobody without it (RAY_AUTH_MODE=token, RAY_AUTH_TOKEN_PATH)"
+            raise UserError(f"no Ray cluster answers at {where} ({said}){token}") from None
         if config.cluster.n_nodes > 1:
             raise UserError(
                 f"cluster.n_nodes = {config.cluster.n_nodes}: no Ray cluster runs here, and one of the run's own has 1"
                 " node; start one (ray start --head), or give scheduler.address"
             ) from None
+        if "RAY_AUTH_TOKEN_PATH" not in os.environ:
+            _again_for_oneself()
         ray.init(address="local", _node_ip_address="127.0.0.1", include_dashboard=False, **quiet)
         print("Ray: a cluster of this run's own, on this machine", flush=True)
         return
@@ -85,6 +90,26 @@ def _connect(ray: Any, config: Config) -> None:
     print(f"Ray: the cluster at {address}", flush=True)
     if os.environ.get("RAY_AUTH_MODE") != "token" and not address.startswith("127."):
         print(f"{nodes.WARNING}{address} takes anybody's jobs: start it with RAY_AUTH_MODE=token", flush=True)
+
+
+def _again_for_oneself() -> NoReturn:
+    """Begins this process again as Ray must find it for a cluster on loopback only, with a token of its own.
+
+    Ray reads these variables when it is imported. Without them it listens on every interface, and writes a token that
+    all users of the machine can read into the home folder.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="dpo-kit-ray-"))
+    token = folder / "token"
+    token.touch(0o600)
+    token.write_text(secrets.token_hex(32))
+    ours = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    }
+    os.execve(
+        sys.executable, [sys.executable, "-m", "dpo_kit.launch.ray", *sys.argv[1:]], {**os.environ, **ours}
+    )
 
 
 def _placed(ray: Any, config: Config, counts: list[int]) -> Any:
@@ -111,6 +136,24 @@ def _placed(ray: Any, config: Config, counts: list[int]) -> Any:
         f"cluster.n_nodes = {len(counts)}: {len(counts)} nodes{each} are needed, and after"
         f" {config.scheduler.wait_s:g} s (scheduler.wait_s) Ray has {len(has)}: {listed}, some of it maybe in use"
     )
+
+
+def _addresses(ray: Any, group: Any) -> list[str]:
+    """Of the nodes, in the order of the bundles."""
+    from ray.util.placement_group import placement_group_table
+
+    by_id = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+    placed = placement_group_table(group)["bundles_to_node_id"]
+    return [by_id.get(placed[index], "an unknown node") for index in sorted(placed)]
+
+
+def _cause(error: Exception) -> str:
+    """Ray's own reason, in a sentence."""
+    said = " ".join(str(error).split())
+    if type(error).__name__ == "ActorUnavailableError":
+        return "it does not answer Ray"
+    found = re.findall(r"(The actor died[^.]*|No module named \S+)", said)
+    return found[-1] if found else said[:400]
 
 
 def _agent_class(ray: Any, group: Any, index: int) -> Any:

@@ -34,12 +34,14 @@ def resolve_world(config: Config, say: Say | None = None) -> Config:
             or a contradiction that only shows with the numbers filled in.
     """
     say = say or print_line
-    _check_package(config.scheduler.type)
+    check_package(config.scheduler.type)
     config = copy.deepcopy(config)
     visible = machine.visible_devices()
     wanted = config.cluster.n_gpus_per_node
     if config.scheduler.type == "torchrun":
         _take_sizes(config, visible)
+    if config.scheduler.type == "slurm":
+        _check_job(config)
     is_here = config.scheduler.type in ("local", "torchrun")
     if wanted == "auto":
         config.cluster.n_gpus_per_node = visible
@@ -80,7 +82,8 @@ def plan_world(config: Config, num_devices: int | None = None, say: Say | None =
     return config
 
 
-def _check_package(scheduler: str) -> None:
+def check_package(scheduler: str) -> None:
+    """Refuses a scheduler whose package is not installed."""
     package = _PACKAGES.get(scheduler)
     if package and importlib.util.find_spec(package) is None:
         extra = f"dpo-kit[{scheduler}]"
@@ -103,6 +106,23 @@ def _take_sizes(config: Config, visible: int) -> None:
         config.cluster.n_gpus_per_node = visible
     if not backend.explicit:
         config.actor.backend = config.ref.backend = f"{backend.kind}:d{num_ranks}p1t1"
+
+
+def _check_job(config: Config) -> None:
+    """Refuses what is no job of Slurm, or one of fewer nodes."""
+    if (job := os.environ.get("SLURM_JOB_ID")) is None:
+        raise UserError(
+            "scheduler.type = 'slurm': this is no job of Slurm; `dpo-kit train --config FILE scheduler.type=slurm`"
+            " submits one (scheduler.notebook=notebooks/train.ipynb runs a notebook in it), or use scheduler.type=local"
+        )
+    wanted, has = config.cluster.n_nodes, int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
+    if wanted > has:
+        raise ConfigError(
+            [
+                f"cluster.n_nodes = {wanted} is more than the {has} nodes of job {job}; use cluster.n_nodes={has}, or"
+                f" sbatch --nodes={wanted}"
+            ]
+        )
 
 
 def _torchrun_sizes() -> tuple[int, int]:

@@ -94,6 +94,18 @@ class Shape:
         """Parameters that are stored: blocks, output layer, and the embedding unless it is the same matrix."""
         return self.body_params + self.head_params * (1 if self.tied else 2)
 
+    @property
+    def linear_layers(self) -> dict[str, tuple[int, int]]:
+        """Inputs and outputs of the linear layers of one block, by the names that these families have."""
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {
+            "q_proj": (self.hidden, queries),
+            **dict.fromkeys(("k_proj", "v_proj"), (self.hidden, keys)),
+            "o_proj": (queries, self.hidden),
+            **dict.fromkeys(("gate_proj", "up_proj"), (self.hidden, self.intermediate)),
+            "down_proj": (self.intermediate, self.hidden),
+        }
+
     def work(self, lengths: np.ndarray, share: bool) -> np.ndarray:
         """`pair_flops` of each row of lengths, by which ranks are balanced. Shapes: (P, 3) -> (P,)"""
         import numpy as np  # listing runs does without
@@ -136,6 +148,34 @@ MOST_TOKENS = 1 << 24
 PROPOSED_TOKENS = 16384
 
 
+def adapted_layers(shape: Shape, config: Config) -> dict[str, tuple[int, int]]:
+    """Those of `Shape.linear_layers` that get adapters; all of them where a target has a name of another family."""
+    layers = shape.linear_layers
+    names = {target.rpartition(".")[2] for target in config.actor.target_modules}
+    return {name: layers[name] for name in names} if names and names <= layers.keys() else layers
+
+
+def trained_params(shape: Shape, config: Config) -> int:
+    """Parameters that have gradients and optimizer states: those of the adapters, or all."""
+    if not config.actor.use_lora:
+        return shape.params
+    ends = sum(inputs + outputs for inputs, outputs in adapted_layers(shape, config).values())
+    return shape.layers * config.actor.lora_rank * ends
+
+
+def export_bytes(shape: Shape, config: Config) -> int:
+    """Bytes of the weights that an export holds."""
+    is_whole = config.saver.merged or not config.actor.use_lora
+    return (shape.params if is_whole else trained_params(shape, config)) * DTYPE_BYTES[config.actor.dtype]
+
+
+def second_model(config: Config) -> bool:
+    """Whether a reference lies in memory beside the policy; one that is the policy's base does not."""
+    actor, ref = config.actor, config.ref
+    is_base = actor.use_lora and (actor.path, actor.dtype) == (ref.path, ref.dtype)
+    return ref.logps == "online" and not is_base
+
+
 def step_bytes(shape: Shape, config: Config, *, num_ranks: int, tokens: int) -> dict[str, int]:
     """Bytes of one rank at the peak of a step, by part (see the module's docstring).
 
@@ -149,18 +189,22 @@ def step_bytes(shape: Shape, config: Config, *, num_ranks: int, tokens: int) -> 
     compute = DTYPE_BYTES[actor.dtype]
     master = max(compute, 4)
     device = _device(config)
+    trained = trained_params(shape, config)
+    frozen = shape.params if actor.use_lora else 0  # in the compute dtype, without a master
+    head = head_bytes(shape, tokens, compute, device, trained=not frozen)
     parts = {
-        "weights": shape.params * master // num_ranks,
-        "optimizer": 2 * shape.params * _state_bytes(config) // num_ranks,
-        "gradients": shape.params * master // num_ranks,
-        "copies": _copies(shape, compute, num_ranks, held=master),
+        "weights": (trained * master + frozen * compute) // num_ranks,
+        "optimizer": 2 * trained * _state_bytes(config) // num_ranks,
+        "gradients": trained * master // num_ranks,
+        "copies": _copies(shape, trained, compute, num_ranks, held=master),
         "reference": 0,
         "activations": tokens * kept_bytes(shape, config),
-        "working": max(head_bytes(shape, tokens, compute, device), tokens * _recomputed(shape, config)),
+        "working": max(head, tokens * _recomputed(shape, config)),
     }
-    if config.ref.logps == "online":
+    if second_model(config):
         own = DTYPE_BYTES[config.ref.dtype]
-        parts["reference"] = shape.params * own // num_ranks + _copies(shape, own, num_ranks, held=own)
+        copies = _copies(shape, shape.params, own, num_ranks, held=own)
+        parts["reference"] = shape.params * own // num_ranks + copies
     if device == "cuda":
         slack = CUDA_SLACK * (parts["activations"] + parts["working"] + parts["copies"])
     else:
@@ -190,8 +234,10 @@ def tokens_that_fit(shape: Shape, config: Config, *, num_ranks: int, free_bytes:
 
 
 def checkpoint_bytes(shape: Shape, config: Config) -> int:
-    """Bytes of the master weights and both optimizer states of the whole model."""
-    return shape.params * (max(DTYPE_BYTES[config.actor.dtype], 4) + 2 * _state_bytes(config))
+    """Bytes of the trained weights' masters and both optimizer states, of all ranks together."""
+    return trained_params(shape, config) * (
+        max(DTYPE_BYTES[config.actor.dtype], 4) + 2 * _state_bytes(config)
+    )
 
 
 def checkpoints_at_once(config: Config, due: int | None = None) -> int:
@@ -255,7 +301,7 @@ def disk_need(
         other_bytes: of pairs and records.
     """
     needed = checkpoints * checkpoint_bytes(shape, config) + other_bytes
-    needed += models * shape.params * DTYPE_BYTES[config.actor.dtype]
+    needed += models * export_bytes(shape, config)
     told = (
         f"{checkpoints} checkpoint{'s' * (checkpoints != 1)} and {models} model{'s' * (models > 1)} need"
         f" {size_text(needed)}, and {size_text(free_bytes)} are free"
@@ -334,39 +380,50 @@ def kept_bytes(shape: Shape, config: Config) -> int:
         return shape.layers * _block_bytes(shape, config)
     kept = shape.hidden
     if mode == "selective":  # attention, and of the matmuls queries, values, the gate and the last one
-        kept += shape.hidden + shape.head_dim * (2 * shape.heads + shape.kv_heads) + shape.intermediate
+        matmuls = shape.hidden + shape.head_dim * (shape.heads + shape.kv_heads) + shape.intermediate
+        kept += shape.heads * shape.head_dim + matmuls
+        if config.actor.use_lora:  # three matmuls a layer: others are the second ones, up to two of a layer
+            kept += matmuls + len(adapted_layers(shape, config)) * config.actor.lora_rank
     return shape.layers * compute * kept
 
 
 def _block_bytes(shape: Shape, config: Config) -> int:
     twice = TYPICAL_PREFIX_SHARE if _device(config) == "cuda" else 0.0
-    return block_bytes(shape, DTYPE_BYTES[config.actor.dtype], twice)
+    compute = DTYPE_BYTES[config.actor.dtype]
+    # What lies between the two matrices of an adapter.
+    inner = len(adapted_layers(shape, config)) * config.actor.lora_rank if config.actor.use_lora else 0
+    return block_bytes(shape, compute, twice) + compute * inner
 
 
 def _recomputed(shape: Shape, config: Config) -> int:
     """Bytes a token of the one block that is run again in the backward."""
     if config.actor.gradient_checkpointing is False:
         return 0
-    return _block_bytes(shape, config)
+    # The sum of a layer and its adapter takes two more of its outputs while it is made.
+    sums = 2 * DTYPE_BYTES[config.actor.dtype] * shape.intermediate if config.actor.use_lora else 0
+    return _block_bytes(shape, config) + sums
 
 
-def head_bytes(shape: Shape, tokens: int, dtype_bytes: int, device: str = "cpu") -> int:
-    """Bytes that one chunk of the log-prob head needs in the backward, and the gradient of its weight."""
+def head_bytes(
+    shape: Shape, tokens: int, dtype_bytes: int, device: str = "cpu", *, trained: bool = True
+) -> int:
+    """Bytes that one chunk of the log-prob head needs in the backward, and the gradient of its weight if trained."""
     elements = min(HEAD_CHUNK_ELEMENTS[device], tokens * shape.vocab)
     upcast = max(dtype_bytes, 4)
     chunk = elements * (upcast + (dtype_bytes if dtype_bytes < upcast else 0))
-    return chunk + shape.head_params * upcast
+    return chunk + (shape.head_params * upcast if trained else 0)
 
 
-def _copies(shape: Shape, dtype_bytes: int, num_ranks: int, held: int) -> int:
+def _copies(shape: Shape, params: int, dtype_bytes: int, num_ranks: int, held: int) -> int:
     """Weights that are held a second time at the peak.
 
     Args:
+        params: that are kept in `held` bytes, all or the trained ones.
         dtype_bytes: of a value in the compute dtype.
         held: bytes of a value of the weights that stay: on one rank there is no copy where both are the same.
     """
     if num_ranks == 1:
-        return 0 if held == dtype_bytes else dtype_bytes * shape.params
+        return 0 if held == dtype_bytes else dtype_bytes * params
     head = shape.head_params * (1 if shape.tied else 2)
     return dtype_bytes * (head + min(2, shape.layers) * shape.block_params)
 

@@ -1,5 +1,8 @@
 """The policy as a Hugging Face folder with a model card: weights in `actor.dtype`, and all that lay beside the base's.
 
+A model with adapters (`lora`) is written as peft writes one (the adapters alone, where their base lies, its tokenizer),
+or merged: as the whole model that the two are.
+
 config.json and generation_config.json are the base's, field by field, but for what training changed: the dtype, whether
 head and embedding are one, and the end token of the trained texts, on which generation stops as well.
 
@@ -20,8 +23,9 @@ from torch import Tensor
 
 from dpo_kit import config as config_module
 from dpo_kit.config import Config
+from dpo_kit.model import lora, model_folder
 from dpo_kit.model.pair_model import PairModel
-from dpo_kit.model.parallel import World, full_tensor, masters
+from dpo_kit.model.parallel import World
 from dpo_kit.records.findings import Finding
 from dpo_kit.system import folders
 
@@ -44,6 +48,7 @@ def write(
     *,
     dtype: torch.dtype,
     end_token_id: int,
+    merged: bool = False,
     card: str = "",
 ) -> None:
     """Writes the policy as a Hugging Face folder; a collective, rank 0 writes.
@@ -57,34 +62,51 @@ def write(
         end_token_id: the token that the trained texts end in; generation stops on it, on what the base stopped on,
             and on the tokenizer's EOS.
         dtype: of the weights written, from the master weights.
+        merged: write a whole model also where there are adapters.
         card: text of README.md.
     """
+    only_adapters = model.adapted and not merged
     state: dict[str, Tensor] = {}
-    for name, param in masters(model).items():
-        whole = full_tensor(param)
+    for name, whole in (lora.adapter_weights if only_adapters else lora.whole_weights)(model):
         if world.is_main:
-            state[name.removeprefix("lm.")] = whole.detach().to("cpu", dtype)
+            state[name] = whole.detach().to("cpu", dtype)
     if world.is_main:
-        from huggingface_hub import save_torch_state_dict
-
-        lasting = model.lm.state_dict().keys()
-        state |= {name: value.cpu() for name, value in model.lm.named_buffers() if name in lasting}
         with folders.staged(folder, "replace") as part:
-            save_torch_state_dict(state, part, metadata={"format": "pt"})
+            config = _config_of_export(model, str(dtype).removeprefix("torch."))
+            if only_adapters:
+                _write_adapters(model, state, part)
+            else:
+                _write_weights(model, state, part)
+                _write_json(part / "config.json", config)
             is_own = tokenizer.name_or_path == model.source
             if not is_own:
                 tokenizer.save_pretrained(part)
             for name, content in model.side_files.items():
-                if is_own or not _is_of_a_tokenizer(name):
+                if name != "config.json" and (is_own or not _is_of_a_tokenizer(name)):
                     (part / name).parent.mkdir(exist_ok=True)
                     (part / name).write_bytes(content)
-            config = _config_of_export(model, str(dtype).removeprefix("torch."))
-            _write_json(part / "config.json", config)
             generation = _generation_of_export(model, tokenizer, end_token_id, config)
             _write_json(part / "generation_config.json", generation)
             if card:
                 (part / "README.md").write_text(card, encoding="utf-8")
     world.barrier()
+
+
+def _write_weights(model: PairModel, state: dict[str, Tensor], part: Path) -> None:
+    from huggingface_hub import save_torch_state_dict
+
+    lasting = model.lm.state_dict().keys()
+    state |= {name: value.cpu() for name, value in model.lm.named_buffers() if name in lasting}
+    save_torch_state_dict(state, part, metadata={"format": "pt"})
+
+
+def _write_adapters(model: PairModel, state: dict[str, Tensor], part: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file(state, part / model_folder.ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    (part / model_folder.ADAPTER_CONFIG).write_text(
+        lora.config_text(model.lm, model.source), encoding="utf-8"
+    )
 
 
 def _write_json(file: Path, made: dict[str, Any]) -> None:
@@ -155,7 +177,7 @@ def model_card(config: Config, metrics: list[dict[str, Any]], found: Sequence[Fi
     told = [f"- {finding.level}: {finding.text}" for finding in found]
     lines = [
         "---",
-        "library_name: transformers",
+        f"library_name: {'peft' if config.actor.use_lora and not config.saver.merged else 'transformers'}",
         "tags: [dpo, preference-optimization, dpo-kit]",
         "---",
         f"# {config.experiment_name}",
@@ -164,6 +186,7 @@ def model_card(config: Config, metrics: list[dict[str, Any]], found: Sequence[Fi
         f"[DPO](https://arxiv.org/abs/2305.18290) (`{config.actor.loss_type}`, beta {config.actor.beta:g}), "
         f"{len(steps)} step{'s' * (len(steps) != 1)}. Generation stops on the end token it was trained with.",
         "",
+        *_adapters(config),
         *(["## What the checks found", "", *told, ""] if found else []),
         "## Curves",
         "",
@@ -191,3 +214,18 @@ def model_card(config: Config, metrics: list[dict[str, Any]], found: Sequence[Fi
             )
     lines += ["", "## Configuration", "", "```yaml", config_module.to_yaml(config).rstrip(), "```", ""]
     return "\n".join(lines)
+
+
+def _adapters(config: Config) -> list[str]:
+    """What a reader must know of a model that was trained by adapters."""
+    actor = config.actor
+    if not actor.use_lora:
+        return []
+    layers = ", ".join(actor.target_modules) or "all linear layers"
+    how = f"load them with `PeftModel.from_pretrained(base, folder)`, the base being `{actor.path}`"
+    if config.saver.merged:
+        how = "they are merged into the weights here"
+    return [
+        f"Trained are low-rank adapters of {layers} (rank {actor.lora_rank}, alpha {actor.lora_alpha}); {how}.",
+        "",
+    ]

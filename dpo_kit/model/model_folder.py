@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-CHECKS_VERSION = 1
+CHECKS_VERSION = 2
 """Raised when a check whose answer is remembered (`known_checks`) answers otherwise."""
 SMOLLM2 = "smollm2-135m-instruct"
 TINY = "tiny-random"
@@ -42,6 +42,8 @@ NAMES = frozenset({SMOLLM2, TINY})
 FOLDERS = {SMOLLM2: f"{SMOLLM2}-0.1.2-1", TINY: f"{TINY}-1"}
 MANIFEST = "dpo_kit.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+NEEDS_PEFT = 'actor.use_lora = true needs peft, which is not installed; run: pip install "dpo-kit[lora]"'
 # Small files that belong to a model: tokenizer, chat template, generation config, licence.
 _SMALL = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
 _NOT_THE_MODELS = ("*.index.json", "dpo_kit.json", "trainer_state.json", "*_results.json")
@@ -143,10 +145,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: there is none, it is broken, or the folder holds no model that can be trained.
     """
-    if (folder / "adapter_config.json").is_file():
+    if (folder / ADAPTER_CONFIG).is_file():
         raise UserError(
-            f"{folder} holds an adapter (adapter_config.json), not a whole model; merge it into its base with peft"
-            " (merge_and_unload, then save_pretrained) and give that folder"
+            f"{folder} holds an adapter ({ADAPTER_CONFIG}), not a whole model; merge it into its base with peft"
+            " (merge_and_unload, then save_pretrained) and give that folder; a run with saver.merged=true writes one"
         )
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} has no config.json; give a model folder as save_pretrained writes it")

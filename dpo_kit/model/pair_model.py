@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_kit.errors import UserError
-from dpo_kit.model import attention, blocks, builtin, model_folder
+from dpo_kit.model import attention, blocks, builtin, lora, model_folder
 from dpo_kit.model.costs import Shape
 from dpo_kit.model.logprobs import LogprobHead, logps_of_logits
 from dpo_kit.model.packing import MicroBatch
@@ -35,13 +35,20 @@ class PairModel(nn.Module):
         packed: its attention is `attention.packed_attention`; else each text of a row (packed without sharing)
             is run as a padded row of its own, by the model's own attention.
         source: where it was loaded from, and the small files that lie there (`model_folder.side_files`), for `export`.
+        adapted: it has adapters (`lora`).
     """
 
     def __init__(
-        self, lm: Any, packed: bool = True, source: str = "", side_files: dict[str, bytes] | None = None
+        self,
+        lm: Any,
+        packed: bool = True,
+        source: str = "",
+        side_files: dict[str, bytes] | None = None,
+        adapted: bool = False,
     ):
         super().__init__()
         self.lm, self.packed, self.source, self.side_files = lm, packed, source, side_files or {}
+        self.adapted = adapted
 
     @cached_property
     def shape(self) -> Shape | None:
@@ -62,6 +69,19 @@ class PairModel(nn.Module):
             use_cache=False,
         ).last_hidden_state[0]
         return self.lm.lm_head(hidden.index_select(0, batch.predictors), batch.targets)
+
+    @contextlib.contextmanager
+    def as_reference(self) -> Iterator[PairModel]:
+        """What runs inside sees the weights that training began with, and no dropout; only adapters are left out."""
+        if not self.adapted:
+            yield self
+            return
+        was_training = self.training
+        try:
+            with lora.off(self.lm):
+                yield self.eval()
+        finally:
+            self.train(was_training)
 
     def _text_by_text(self, batch: MicroBatch) -> Tensor:
         lengths = batch.segments.lengths
@@ -104,6 +124,7 @@ def load(
     gradient_checkpointing: bool | str,
     longest_tokens: int,
     compiled: bool = False,
+    adapters: lora.Options | None = None,
 ) -> PairModel:
     """Loads a model that `check` accepts, for scoring or training, sharded over `world`.
 
@@ -115,47 +136,57 @@ def load(
             `selective` keeps what is dear to run again.
         longest_tokens: longest text of the data; a model with a shorter attention window is not packed.
         compiled: compile each block.
+        adapters: of a trainable model: they alone are trained, and the weights are kept in `dtype`.
     """
     folder = builtin.folder(path)
     config = _config(folder)
     # A float64 or frozen model is kept in the dtype it computes in; a trained one in fp32 at least.
     master = dtype if not trainable or dtype == torch.float64 else torch.float32
     packed = not attention.unsupported(config, longest_tokens)
-    held = dtype if world.size == 1 else master
+    alone = world.size == 1
+    held = dtype if alone or adapters else master
     if packed and config.tie_word_embeddings and model_folder.has_own_head(model_folder.tensors(folder)):
         config.tie_word_embeddings = False
     lm = _empty(config, held) if packed else _whole(folder, held)
+    lm.requires_grad_(trainable)
+    if adapters:
+        lora.add(lm, adapters, dtype if alone else master)
     layers = list(getattr(getattr(lm, "model", None), "layers", []))
     blocks.recompute(layers, gradient_checkpointing if trainable else False)
     if compiled:
         blocks.compile_blocks(layers, dynamic=True)
     sides = model_folder.side_files(folder) if trainable and world.is_main else None
-    model = PairModel(lm, packed, builtin.ensure(path), sides).requires_grad_(trainable)
-    if world.size > 1:
+    model = PairModel(lm, packed, builtin.ensure(path), sides, adapted=adapters is not None)
+    if not alone:
         shard(model, world, dtype)
     if packed:
         model.to_empty(device=world.device)
         rotary = lm.model.rotary_emb
         lm.model.rotary_emb = type(rotary)(config=config).to(world.device)
-        if world.size == 1 and getattr(config, "tie_word_embeddings", False):
+        if alone and getattr(config, "tie_word_embeddings", False):
             lm.lm_head.weight = lm.model.embed_tokens.weight  # to_empty made two of it
     else:
         model.to(world.device)
-    if held != master:
+    if alone and dtype != master:
         add_masters(model, master)
+    if adapters:
+        lora.fill(lm, adapters)
     if packed:
         _fill(model, folder)
-    elif held != master:
+    elif alone and dtype != master and not adapters:
         exact = dict(_whole(folder, master).named_parameters())
         for name, param in lm.named_parameters():
             copy_into(param, exact[name])
     return model.train(trainable)
 
 
-def check(folder: Path) -> None:
+def check(folder: Path) -> Any:
     """Refuses a folder that transformers would not load cleanly, by transformers' own word.
 
     It loads the folder onto the meta device: names and shapes are compared, no weight is read.
+
+    Returns:
+        The model as it was loaded, without weights.
 
     Raises:
         UserError: files that are damaged or missing, an unknown kind of model, weights that are missing, left over
@@ -193,6 +224,7 @@ def check(folder: Path) -> None:
         problems[0] += " (where it is the embedding, config.json should say tie_word_embeddings: true)"
     if problems:
         raise UserError(f"{folder}: {'; '.join(problems)}; give the weights and the config.json of one model")
+    return loaded[0]
 
 
 def _some(names: set[str]) -> str:
@@ -293,7 +325,8 @@ def _fill(model: PairModel, folder: Path) -> None:
     """Reads the weights, after `check`: what has no place in the model is what transformers leaves out, too."""
     from safetensors import safe_open
 
-    params = dict(model.lm.named_parameters(remove_duplicate=True))
+    named = model.lm.named_parameters(remove_duplicate=True)
+    params = {lora.plain_name(name): param for name, param in named if not lora.is_adapter(name)}
     missing, other = set(params), []
     for file in model_folder.weight_files(folder):
         with safe_open(file, framework="pt") as f:

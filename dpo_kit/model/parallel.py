@@ -167,8 +167,8 @@ def _shard_parts(lm: Any, options: dict[str, Any]) -> None:
 
 
 def add_masters(model: nn.Module, dtype: torch.dtype) -> None:
-    """Gives each weight of a model of one rank a master in `dtype`, empty, which collects its gradients."""
-    for param in model.parameters():
+    """Gives each trained weight of a model of one rank a master in `dtype`, empty, which collects its gradients."""
+    for param in (p for p in model.parameters() if p.requires_grad):
         param.master = nn.Parameter(torch.empty_like(param, dtype=dtype))  # type: ignore[attr-defined]
         param.register_post_accumulate_grad_hook(_hand_over)
 
@@ -224,7 +224,12 @@ def full_tensor(param: Tensor) -> Tensor:
 
 
 def masters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What the optimizer changes, by name, tied ones once: sharded weights, masters, or the weights themselves."""
+    """What the optimizer changes, by name; see `weights`."""
+    return {name: param for name, param in weights(model).items() if param.requires_grad}
+
+
+def weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """All weights as they are kept, by name, tied ones once: sharded ones, masters, or those computed with."""
     reshard(model)
     params = dict(model.named_parameters(remove_duplicate=True))
     is_sharded = any(isinstance(module, FSDPModule) for module in model.modules())

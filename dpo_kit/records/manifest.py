@@ -37,6 +37,7 @@ _PACKAGES = (
     "safetensors",
     "datasets",
     "tokenizers",
+    "peft",
 )
 _GIT_S = 2.0
 _FILE = "manifest.json"

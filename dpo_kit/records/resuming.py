@@ -177,7 +177,8 @@ def fork_problems(before: Config, now: Config, step: int, total: int | None) -> 
     changed = differences.changed(to_tree(before), to_tree(now))
     order = {key: text for key, text in changed.items() if differences.changes_pairs(key)}
     problems = []
-    elsewhere = "start a run with actor.path=MODEL_FOLDER (dpo-kit export RUN -o MODEL_FOLDER)"
+    merged = ", of a run with saver.merged=true" if before.actor.use_lora else ""
+    elsewhere = f"start a run with actor.path=MODEL_FOLDER (dpo-kit export RUN -o MODEL_FOLDER{merged})"
     if order:
         problems.append(
             "a fork sees the pairs that its parent would have seen, and this changes them:"
@@ -188,6 +189,12 @@ def fork_problems(before: Config, now: Config, step: int, total: int | None) -> 
         problems.append(
             f"actor.dtype: {' -> '.join(dtypes)}: a checkpoint holds weights and optimizer in float64 for a float64 run"
             f" and in float32 for others, and a fork goes on with them; to train in {dtypes[1]} {elsewhere}"
+        )
+    adapters = {key: text for key, text in changed.items() if key in differences.ADAPTERS}
+    if adapters and (before.actor.use_lora or now.actor.use_lora):
+        problems.append(
+            "a fork goes on with the weights that its parent trained, and this makes others of them:"
+            f" {differences.text(adapters)}; to train those {elsewhere}"
         )
     if total is not None and total <= step:
         key = "total_train_steps" if total == now.total_train_steps else "total_train_epochs"

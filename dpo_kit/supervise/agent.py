@@ -1,6 +1,7 @@
 """A node's agent: starts and watches the ranks of one machine, as the supervisor of a run (maybe elsewhere) orders.
 
-    python -m dpo_kit.supervise.agent RUN_DIR TOKEN NODE [ADDRESS [LOCAL_RANK LOCAL_SIZE]]
+    python -m dpo_kit.supervise.agent RUN_DIR TOKEN NODE [ADDRESS [LOCAL_RANK LOCAL_SIZE]]    NODE: a number, or the
+                                                                                             variable that holds it
 
 It ends, with its ranks, when the supervisor says so, when another supervisor has taken over, and when the supervisor
 has said nothing for a minute: a node that was cut off must not go on by itself. A SIGTERM (a scheduler's warning) is
@@ -14,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
+import os
 import signal
 import socket
 import sys
@@ -168,5 +170,6 @@ def serve(run_dir: Path, token: str, node: int, address: str, local: tuple[int, 
 
 if __name__ == "__main__":
     folder, word, index, *given = sys.argv[1:]
+    index = os.environ.get(index, index)
     place = (int(given[1]), int(given[2])) if given[1:] else None
     sys.exit(serve(Path(folder), word, int(index), given[0] if given else network.own_address(), place))

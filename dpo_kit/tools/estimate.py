@@ -29,9 +29,11 @@ from dpo_kit.model.costs import (
     checkpoint_bytes,
     checkpoints_at_once,
     disk_need,
+    export_bytes,
     memory_problem,
     step_bytes,
     tokens_that_fit,
+    trained_params,
 )
 from dpo_kit.model.model_folder import fingerprint, known_hashes, read_shape, snapshot
 from dpo_kit.model.packing import pair_costs, plan_step
@@ -73,7 +75,10 @@ def make(config: Config, *, probe: bool = True, device_bytes: int | None = None)
     largest, longest = tokens["largest_micro_batch"], tokens.get("longest_pair") or 1
     needed = step_bytes(shape, config, num_ranks=num_ranks, tokens=largest)
     found: dict[str, Any] = {
-        "model": {"path": config.actor.path, "params": shape.params, "dtype": config.actor.dtype},
+        "model": {
+            **{"path": config.actor.path, "params": shape.params, "dtype": config.actor.dtype},
+            "trained_params": trained_params(shape, config),
+        },
         "ranks": num_ranks,
         "device": "cuda" if config.cluster.n_gpus_per_node else "cpu",
         "is_here": is_here,
@@ -216,18 +221,17 @@ def _time(
     backward = (seconds["backward"] + layers * seconds["block_backward"]) / probed
     online = config.ref.logps == "online"
     step = (forward * (2 if online else 1) + backward) * tokens["busiest_rank_per_step"]
-    step += seconds["update"] * shape.params / seconds["params"]
+    step += seconds["update"] * trained_params(shape, config) / seconds["params"]
     to_reference = 0 if online else _missing_tokens(config, train, valid)
     share = config.actor.share_prompt
     valid_tokens = 0 if valid is None else int(pair_costs(valid.all_lengths(), share).sum())
     num_evaluations, num_exports, _ = _counts(config, tokens["pairs"], step)
-    weights = shape.params * DTYPE_BYTES[config.actor.dtype]
     parts = {
         "start": START_S[device] + 4 * shape.params / WRITE_BYTES_PER_S,
         "reference_pass": forward * to_reference / num_ranks,
         "training": step * tokens["steps"],
         "evaluations": num_evaluations * forward * valid_tokens / num_ranks,
-        "exports": num_exports * weights / WRITE_BYTES_PER_S,
+        "exports": num_exports * export_bytes(shape, config) / WRITE_BYTES_PER_S,
         "samples": _samples_s(config, shape, valid, device),
     }
     return {**parts, "step": step, "evaluations_count": num_evaluations, "total": sum(parts.values())}
@@ -293,7 +297,6 @@ def _disk(
     root, tokens = Path(config.cluster.fileroot), found["tokens"]
     stores = [store for store in (train, valid) if store is not None]
     step_s = found["time"]["step"] if found["time"] else 0.0
-    weights = shape.params * DTYPE_BYTES[config.actor.dtype]
     evaluations, exports, due = _counts(config, tokens["pairs"], step_s)
     checkpoints = checkpoints_at_once(config, due)
     num_pairs = sum(map(len, stores))
@@ -301,7 +304,7 @@ def _disk(
     parts = {
         "pair_store": sum(f.stat().st_size for store in stores for f in store.path.iterdir()),
         "reference_cache": 0 if config.ref.logps == "online" else CACHE_BYTES * num_pairs,
-        "exports": exports * weights,
+        "exports": exports * export_bytes(shape, config),
         "checkpoints": checkpoints * checkpoint_bytes(shape, config),
         "records": tokens.get("steps", 0) * METRICS_BYTES + evaluations * num_valid * EVALUATION_BYTES,
     }
@@ -318,8 +321,10 @@ def _disk(
 def text(found: dict[str, Any]) -> str:
     """The estimate as a table; the last line says `fits`, or what does not."""
     model, tokens = found["model"], found["tokens"]
+    trained = model["trained_params"]
+    some = f" ({trained / 1e6:,.1f} M in adapters are trained)" if trained != model["params"] else ""
     lines = [
-        f"{model['path']}: {model['params'] / 1e6:,.1f} M parameters, {model['dtype']},"
+        f"{model['path']}: {model['params'] / 1e6:,.1f} M parameters{some}, {model['dtype']},"
         f" {found['ranks']} {found['device'].upper()} rank{'s' * (found['ranks'] > 1)}",
         "",
         *_rows("memory a rank", found["memory"], _gib),

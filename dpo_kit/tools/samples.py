@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from dpo_kit.config import Config
 from dpo_kit.dataset import tokens
 from dpo_kit.dataset.layouts import ASSISTANT_MARK, CONVERSATION, RAW
 from dpo_kit.errors import ExitStatus, UserError
-from dpo_kit.model import builtin
+from dpo_kit.model import builtin, model_folder
 from dpo_kit.model.pair_model import preload, quiet
 from dpo_kit.model.parallel import DTYPES
 from dpo_kit.preferences import PairStore, open_store
@@ -95,14 +96,29 @@ def generate(
     return answers
 
 
-def load_plain(path: str, dtype: str) -> Any:
-    """A model as anyone would load it from its folder, on the GPU when there is one."""
+def load_plain(path: str, dtype: str, base: str = "") -> Any:
+    """A model as anyone would load it from its folder, on the GPU when there is one.
+
+    Args:
+        path: of a model, or of adapters.
+        base: what adapters are put on: the place that their folder names may be of another machine.
+    """
     from transformers import AutoModelForCausalLM, GenerationConfig
 
+    is_adapter = (Path(path) / model_folder.ADAPTER_CONFIG).is_file()
     with quiet():
         model: Any = AutoModelForCausalLM.from_pretrained(
-            builtin.folder(path), dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False
+            builtin.folder(base if is_adapter else path),
+            dtype=DTYPES[dtype],
+            use_safetensors=True,
+            trust_remote_code=False,
         )
+    if is_adapter:
+        from peft import PeftModel
+
+        with warnings.catch_warnings():  # peft asks transformers by a name that transformers has given up
+            warnings.simplefilter("ignore", FutureWarning)
+            model = PeftModel.from_pretrained(model, path)
     # Sampling is stated in full by `generate`; defaults that a model ships (top_k, ...) must not mix in.
     model.generation_config = GenerationConfig()
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
@@ -116,7 +132,7 @@ def latest_export(run_dir: Path) -> Path:
     """
     steps = [run_dir / "exports" / f"step-{step}" for step in checkpoint_folders.steps(run_dir / "exports")]
     for folder in [run_dir / "model", *reversed(steps)]:
-        if (folder / "config.json").is_file():
+        if any((folder / name).is_file() for name in ("config.json", model_folder.ADAPTER_CONFIG)):
             return folder
     raise UserError(f"{run_dir} has no exported model yet; wait for the run to end, or set saver.freq_steps")
 
@@ -137,7 +153,7 @@ def answer(
     found: dict[str, list[list[int]]] = {}
     for name, (path, dtype) in models.items():
         found[name] = generate(
-            load_plain(path, dtype),
+            load_plain(path, dtype, config.actor.path),
             prompts,
             end_ids=end_ids,
             max_new_tokens=options.max_new_tokens,

@@ -195,4 +195,7 @@ class Clock:
         if len(self.forward) == NUM_BLOCKS:  # run again in the backward
             return
         self.forward.append(self.now())
-        arguments[0].register_hook(lambda grad: self.backward.append(self.now()))
+        hidden = arguments[0]
+        if not hidden.requires_grad:  # of a frozen embedding; asked for, so that the backward comes this far
+            hidden.requires_grad_()
+        hidden.register_hook(lambda grad: self.backward.append(self.now()))

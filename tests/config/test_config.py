@@ -113,6 +113,11 @@ def test_every_params_file_loads_without_a_warning_and_survives_its_own_yaml(pat
     assert config.from_tree(config.to_tree(c)) == c
 
 
+def test_adapters_are_not_cut_over_tensor_parallel_ranks():
+    told = problems(["actor.use_lora=true", "actor.backend=fsdp:d2t2", "ref.backend=fsdp:d2t2"])
+    assert any("are not cut over tensor-parallel ranks (t = 2); use fsdp:d4, or" in line for line in told)
+
+
 def test_the_7b_params_are_the_seeds_run():
     theirs = config.load(DATA / "seed_fragment.yaml")
     ours = config.load(PARAMS / "hhrlhf_qwen2.5-7b.yaml")
@@ -138,6 +143,14 @@ MISTAKES = {
     "actor.backend=fsdp:d0": "actor.backend = 'fsdp:d0' is wrong: d = 0 leaves no rank; write fsdp",
     "actor.backend=megatron:d8": "'megatron' is not a backend, only fsdp is",
     "ref.backend=fsdp:d4": "ref.backend = 'fsdp:d4' differs from actor.backend = 'fsdp'",
+    "actor.target_modules=null": "give a list of texts (none means all linear layers), or []",
+    "actor.target_modules=[no]": "actor.target_modules = [False] holds false, which is a boolean, not text",
+    "actor.target_modules=3": "actor.target_modules = 3 is a number; give a list of texts (none means all",
+    "actor.target_modules=[all-linear, x]": "use [all-linear], or the others alone",
+    "actor.lora_rank=0": "actor.lora_rank = 0 is out of range; give a whole number at least 1",
+    "actor.lora_r=8": "actor.lora_r is not a known key; did you mean actor.lora_rank?",
+    "actor.peft_type=qlora": "actor.peft_type = 'qlora' is not one of lora; qlora is not built here",
+    "saver.merged=true": "saver.merged = true merges adapters into their base and actor.use_lora = false trains none",
     "ref.optimizer={type: adam}": "ref.optimizer = {'type': 'adam'} must be null: the reference is frozen",
     "ref.scheduling_strategy.type=separation": "is not one of colocation (the reference shares the actor's",
     "actor.beta=0": "actor.beta = 0 is out of range; give a number greater than 0 (typically 0.05 to 0.5)",
@@ -522,6 +535,7 @@ def test_names_from_elsewhere_lead_to_what_there_is():
         "actor.dtype",
         "actor.optimizer.lr_scheduler_type",
         "actor.optimizer.type",
+        "actor.peft_type",
     ):
         rule = schema.lookup(field)[1]
         for known, told in rule["elsewhere"].items():

@@ -275,3 +275,31 @@ def test_a_wrong_item_of_a_list_names_the_list_and_the_item():
         "betas = [0.1, 'big', True]: 'big' is text; give a number",
         "betas = [0.1, 'big', True]: true is a boolean; give a number",
     ]
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"overrides": ["actor.target_modules=[q_proj, v_proj]"]},
+        {"overrides": "['actor.target_modules=[q_proj,v_proj]']"},
+        {"overrides": "actor.target_modules=q_proj,v_proj"},
+        {"actor": {"target_modules": ["q_proj", "v_proj"]}},
+        {"actor": "{target_modules: [q_proj, v_proj]}"},
+        {"actor": {"target_modules": "q_proj, v_proj"}},
+    ],
+    ids=str,
+)
+def test_a_key_that_is_a_list_is_read_at_every_door(parameters):
+    base = papermill_file(PARAMS / "smoke.yaml")
+    if isinstance(parameters.get("actor"), str):
+        parameters["actor"] = parameters["actor"][:-1] + ", path: tiny-random}"
+    elif "actor" in parameters:
+        parameters["actor"] = {**base["actor"], **parameters["actor"]}
+    found, _ = notebook(**{**base, **parameters})
+    assert found.actor.target_modules == ["q_proj", "v_proj"]
+    assert config.from_tree(yaml.safe_load(config.to_yaml(found))) == found
+
+
+def test_a_text_alone_is_a_list_of_it_and_nothing_is_all():
+    (one, _), (none, _) = (notebook(overrides=[f"actor.target_modules={text}"]) for text in ("q_proj", "[]"))
+    assert (one.actor.target_modules, none.actor.target_modules) == (["q_proj"], [])

@@ -145,6 +145,8 @@ def test_an_end_token_written_in_the_data(tmp_path):
             "bad: valid_dataset is the training data (sample)",
         ),
         (["valid_dataset.path=sample", "valid_dataset.split=test"], {}, None),
+        (["actor.lora_rank=8"], {}, "look: actor.lora_rank = 8: not used, all weights are trained"),
+        (["actor.use_lora=true", "actor.lora_rank=8"], {}, None),
     ],
 )
 def test_settings(tmp_path, overrides, model_config, words):

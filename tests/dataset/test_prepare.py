@@ -104,6 +104,18 @@ def test_weights_that_are_no_numbers_end_it(make_run, tmp_path):
     )
 
 
+def test_adapters_of_no_layer_are_told_with_the_layers_there_are(make_run):
+    run_dir = make_run("actor.use_lora=true", "actor.target_modules=[q_proj,qkv,lm_head]")
+    assert prepare.main(run_dir) == 2
+    assert read_json(run_dir / "logs" / "prepare.error.json")["message"] == (
+        "actor.target_modules: qkv, lm_head are no linear layer of the model below its head;"
+        " it has q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
+    )
+    for good in ("[]", "[all-linear]", "[self_attn.q_proj]"):
+        config = config_module.from_tree(TREE, ["actor.use_lora=true", f"actor.target_modules={good}"])
+        prepare.check_models(config)
+
+
 def test_an_error_of_our_own_is_left_with_its_traceback(make_run, monkeypatch, capsys):
     run_dir = make_run()
     monkeypatch.setattr(prepare, "build_pairs", lambda *a: 1 / 0)

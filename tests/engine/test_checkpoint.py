@@ -16,6 +16,7 @@ from dpo_kit.engine.optimizer import make_optimizer
 from dpo_kit.engine.recorder import Recorder
 from dpo_kit.engine.state import Stopped
 from dpo_kit.errors import UserError
+from dpo_kit.model import costs, model_folder
 from dpo_kit.model.parallel import full_tensor, masters
 from dpo_kit.preferences import open_store
 from dpo_kit.records import checkpoint_folders
@@ -24,6 +25,7 @@ from tests.helpers import make_engine, one_rank, random_pairs, store_of, tiny_co
 
 STEPS = 12
 # 46 pairs, 8 a step: six steps an epoch, the last one short
+LORA = ("actor.use_lora=true", "actor.lora_rank=4")
 LENGTH = ("total_train_epochs=2", "total_train_steps=null", "recover.freq_steps=1", "recover.keep=all")
 
 
@@ -99,13 +101,31 @@ def test_a_resume_at_every_step_equals_the_undisturbed_run(undisturbed, tmp_path
 
 @pytest.mark.parametrize(
     "overrides",
-    [("actor.optimizer.state_dtype=bfloat16",), ("actor.dtype=bfloat16", "ref.dtype=bfloat16")],
-    ids=["bfloat16 states", "bfloat16 compute"],
+    [
+        ("actor.optimizer.state_dtype=bfloat16",),
+        ("actor.dtype=bfloat16", "ref.dtype=bfloat16"),
+        LORA,
+        (*LORA, "actor.dtype=bfloat16", "ref.dtype=bfloat16", "ref.logps=online"),
+    ],
+    ids=["bfloat16 states", "bfloat16 compute", "adapters", "adapters in bfloat16, reference online"],
 )
 def test_random_rounding_and_other_dtypes_resume_exactly_too(tmp_path, overrides):
     whole = train_on(str(tmp_path / "whole"), overrides)
     rest = continue_from(tmp_path / "whole", 5, tmp_path / "rest", *overrides)
     assert list(map(same, rest["steps"])) == list(map(same, whole["steps"][5:]))
+
+
+def test_a_checkpoint_of_adapters_holds_them_alone(tmp_path):
+    overrides = (*LORA, "actor.dtype=float32", "ref.dtype=float32")
+    trained = train_on(str(tmp_path), overrides)["weights"]
+    held = checkpoint.FileSystemReader(tmp_path / "run" / "checkpoints" / "step-12").read_metadata()
+    assert all(".lora_A." in name or ".lora_B." in name for name in held.state_dict_metadata)
+    assert len(held.state_dict_metadata) == 4 * len(trained) == 4 * 2 * 14
+    config = tiny_config(tmp_path / "runs", *overrides)
+    needed = costs.checkpoint_bytes(model_folder.read_shape(config.actor.path), config)
+    assert needed == 3 * sum(weight.nbytes for weight in trained.values())
+    with pytest.raises(UserError, match=r"actor\.lora_rank: 4 -> 8"):
+        continue_from(tmp_path, 6, tmp_path / "other", *overrides, "actor.lora_rank=8")
 
 
 def train_on_ranks(folder: str, overrides: tuple[str, ...] = ()) -> dict:
@@ -118,9 +138,9 @@ def train_on_ranks(folder: str, overrides: tuple[str, ...] = ()) -> dict:
 TOLERANCES = {"float32": (1e-5, 1e-3), "float64": (1e-9, 1e-7)}
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES)
-def test_another_number_of_ranks_sees_the_same_pairs_and_losses(ranks, tmp_path, dtype):
-    overrides = (f"actor.dtype={dtype}", f"ref.dtype={dtype}")
+@pytest.mark.parametrize(("dtype", "adapters"), [("float32", ()), ("float64", ()), ("float64", LORA)])
+def test_another_number_of_ranks_sees_the_same_pairs_and_losses(ranks, tmp_path, dtype, adapters):
+    overrides = (f"actor.dtype={dtype}", f"ref.dtype={dtype}", *adapters)
     losses, norms = TOLERANCES[dtype]
     alone = train_on(str(tmp_path / "alone"), overrides)
     together = ranks.run(train_on_ranks, str(tmp_path / "together"), overrides)[0]

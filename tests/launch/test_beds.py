@@ -6,14 +6,17 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import psutil
 import pytest
 
 from tests import ray_cluster as ray_bed
+from tests import slurm_cluster as slurm_bed
 from tests.hosts import hosts, permitted
 
 on_hosts = pytest.mark.skipif(bool(permitted()), reason=permitted())
+on_slurm = pytest.mark.skipif(bool(slurm_bed.permitted()), reason=slurm_bed.permitted())
 on_ray = pytest.mark.skipif(bool(ray_bed.permitted()), reason=ray_bed.permitted())
 
 ECHO = """
@@ -170,3 +173,33 @@ def test_ray_loses_a_node_that_is_cut_off_and_takes_it_back():
         refused = b.run([sys.executable, "-c", STRANGER, cluster.address], check=False, env=environment)
         assert refused.returncode != 0
         assert "InvalidAuthToken" in refused.stderr
+
+
+JOB = """#!/bin/sh
+srun sh -c 'echo "began $SLURM_JOB_ID $SLURM_RESTART_COUNT"'
+[ -n "$SLURM_RESTART_COUNT" ] || sleep 600
+"""
+
+
+@on_slurm
+def test_slurm_runs_a_job_and_a_requeued_one_keeps_its_number(tmp_path):
+    log = tmp_path / "job.log"
+    (tmp_path / "job.sh").write_text(JOB)
+
+    def awaited(text: str) -> bool:
+        deadline = time.monotonic() + 60
+        while not (log.exists() and text in log.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return text in log.read_text()
+
+    with slurm_bed.slurm_cluster() as environment:
+
+        def slurm(*command: str) -> str:
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+            return done.stdout.strip()
+
+        job = slurm("sbatch", "--parsable", "--open-mode=append", f"--output={log}", f"{tmp_path}/job.sh")
+        assert awaited(f"began {job} \n")
+        slurm("scontrol", "requeue", job)
+        slurm_bed.start_now(environment, job)
+        assert awaited(f"began {job} 1\n"), log.read_text()

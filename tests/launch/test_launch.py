@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -163,6 +164,17 @@ def test_models_that_are_nowhere_are_told_together(fakes):
     assert first.startswith("actor.path = './no/model' is no folder and no hub id")
     assert second.startswith("ref.path = '/no/other'")
     assert not fakes.fileroot.exists()
+
+
+def test_adapters_without_peft_are_told_with_the_install_line(fakes, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "peft" else find(name))
+    with pytest.raises(
+        UserError, match=r'needs peft, which is not installed; run: pip install "dpo-kit\[lora\]"'
+    ):
+        launch.start(fakes.config("actor.use_lora=true"))
+    assert not fakes.fileroot.exists()
+    launch.start(fakes.config()).wait()
 
 
 def test_a_reference_with_another_tokenizer_is_refused(fakes):

@@ -56,3 +56,13 @@ def test_a_run_without_steps_has_a_card():
     card = model_card(tiny_config("runs"), [])
     assert "0 steps" in card
     assert "## Held-out pairs" not in card
+
+
+def test_the_card_of_adapters_says_how_they_are_loaded():
+    lora = ("actor.use_lora=true", "actor.target_modules=[q_proj,v_proj]")
+    card = model_card(tiny_config("runs", *lora), [])
+    assert card.startswith("---\nlibrary_name: peft\n")
+    assert "adapters of q_proj, v_proj (rank 32, alpha 16); load them with `PeftModel" in card
+    card = model_card(tiny_config("runs", *lora, "saver.merged=true"), [])
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert "merged into the weights" in card

@@ -70,10 +70,42 @@ def test_an_online_reference_is_a_second_model(config):
     assert found["reference"] == found["weights"] // 2
 
 
+def test_adapters_by_hand(config):
+    whole = parts(config)
+    config.actor.use_lora, config.actor.lora_rank, config.actor.dtype, config.ref.dtype = (
+        True,
+        2,
+        *["bfloat16"] * 2,
+    )
+    config.ref.logps = "online"
+    # Inputs and outputs of q 8+8, k and v 8+4, o 8+8, gate and up 8+16, down 16+8: 128; rank 2, two blocks.
+    adapters = 2 * 2 * 128
+    found, half = parts(config), whole["weights"] // 2
+    assert found["weights"] == half + 4 * adapters
+    assert found["copies"] == 2 * adapters
+    assert found["gradients"] == 4 * adapters
+    assert found["optimizer"] == 8 * adapters
+    assert found["reference"] == 0  # the same weights with the adapters off
+    assert costs.checkpoint_bytes(SHAPE, config) == 12 * adapters
+    assert costs.export_bytes(SHAPE, config) == 2 * adapters
+    config.saver.merged = True
+    assert costs.export_bytes(SHAPE, config) == half
+    config.ref.dtype = "float32"
+    assert parts(config)["reference"] == whole["weights"]
+    config.actor.target_modules = ["self_attn.q_proj", "v_proj"]
+    assert costs.trained_params(SHAPE, config) == 2 * 2 * (16 + 12)
+    config.actor.target_modules = ["c_attn"]  # of a family whose layers are not known: as if all
+    assert costs.trained_params(SHAPE, config) == adapters
+
+
+@pytest.mark.parametrize("adapters", ["false", "true"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("checkpointing", ["false", "true", "selective"])
-def test_activations_are_what_autograd_keeps(tmp_path, dtype, checkpointing):
-    overrides = (f"actor.dtype={dtype}", f"actor.gradient_checkpointing={checkpointing}")
+def test_activations_are_what_autograd_keeps(tmp_path, dtype, checkpointing, adapters):
+    overrides = (
+        *(f"actor.dtype={dtype}", f"actor.gradient_checkpointing={checkpointing}"),
+        *(f"actor.use_lora={adapters}", "actor.lora_rank=8"),
+    )
     config = tiny_config(tmp_path, *overrides)
     store = store_of(random_pairs(40, longest=60), tmp_path / "pairs")
     shape = Shape.of(json.loads((Path(builtin.ensure("tiny-random")) / "config.json").read_text()))

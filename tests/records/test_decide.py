@@ -148,3 +148,15 @@ def test_a_fork_does_not_leave_or_enter_float64(dtypes):
     assert problem.startswith(f"actor.dtype: {dtypes[0]} -> {dtypes[1]}: ")
     assert resuming.fork_problems(before, before, 4, 9) == []
     assert resuming.fork_problems(other("actor.dtype=float32"), other("actor.dtype=bfloat16"), 4, 9) == []
+
+
+@pytest.mark.parametrize(
+    "override", ["actor.lora_rank=8", "actor.target_modules=[q_proj]", "actor.use_lora=false"]
+)
+def test_a_fork_keeps_its_parents_adapters(override):
+    before = other("actor.use_lora=true")
+    key = override.partition("=")[0]
+    (problem,) = resuming.fork_problems(before, other("actor.use_lora=true", override), 4, 9)
+    assert f"makes others of them: {key}: " in problem
+    assert "of a run with saver.merged=true" in problem
+    assert resuming.fork_problems(other(), other("actor.lora_rank=8"), 4, 9) == []

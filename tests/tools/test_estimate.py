@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -120,8 +121,6 @@ def test_an_online_reference_runs_in_every_step_and_not_before(config, memory_of
 
 
 def test_pairs_in_the_cache_are_not_run_again(config, memory_of, probed):
-    from pathlib import Path
-
     from dpo_kit.engine import reference
 
     store, root = dataset.build(config), Path(config.cluster.fileroot)
@@ -149,6 +148,30 @@ def test_a_real_probe_gives_seconds_for_every_part(tmp_path):
     assert all(found[part] > 0 for part in ("block_forward", "block_backward", "update"))
     # Three blocks of 4 * 64 * 64 + 3 * 64 * 128 and two norms each, 264 * 64 twice, the last norm.
     assert found["params"] == 3 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 2 * 264 * 64 + 64
+    config.actor.use_lora, config.actor.lora_rank = True, 2
+    found = time_probe.measure(config, builtin.ensure("tiny-random"), store, [[[0, 1, 2], [3]]])
+    assert all(found[part] > 0 for part in ("block_forward", "block_backward", "update"))
+    assert found["params"] == 3 * 2 * (4 * 2 * 64 + 3 * (64 + 128))
+
+
+def test_7b_with_adapters_fits_on_one_card_of_24_gb_and_without_them_not(tmp_path, monkeypatch):
+    """Qwen2.5-7B by its config.json alone; the driver keeps half a GiB of such a card."""
+    qwen = {"model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28}
+    heads = {"num_attention_heads": 28, "num_key_value_heads": 4, "tie_word_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps({**qwen, **heads, "vocab_size": 152064}))
+    monkeypatch.setattr(machine, "free_bytes_of_rank", lambda *_, **__: int(23.5 * GIB))
+    monkeypatch.setattr(machine, "free_disk", lambda folder: 100 * GIB)
+    file = Path(__file__).parents[2] / "params" / "hhrlhf_qwen2.5-7b_lora.yaml"
+    places = [f"actor.path={tmp_path}", f"cluster.fileroot={tmp_path}/runs"]
+    found = estimate.make(config_module.load(file, places), probe=False)
+    assert found["problems"] == []
+    assert found["memory"]["total"] / GIB == pytest.approx(20.8, abs=0.1)
+    # q and o 3584 + 3584, k and v 3584 + 512, gate, up and down 3584 + 18944; rank 32, 28 blocks.
+    assert found["model"]["trained_params"] == 28 * 32 * (2 * 7168 + 2 * 4096 + 3 * 22528)
+    assert found["disk"]["exports"] < 0.2 * GIB
+    assert "7,615.3 M parameters (80.7 M in adapters are trained), bfloat16" in estimate.text(found)
+    whole = estimate.make(config_module.load(file, [*places, "actor.use_lora=false"]), probe=False)
+    assert "no setting makes it fit" in whole["problems"][0]
 
 
 # --- what does not fit ----------------------------------------------------------------------------------------
