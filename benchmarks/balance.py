@@ -103,8 +103,8 @@ def main() -> int:
         "Balance of the ranks",
         f"{len(costs):,} pairs ({Path(o.data).name}), {costs.mean():.0f} tokens run each in the mean, {costs.max()} at"
         f" most; the dearest pair costs {work.max() / work.mean():.1f} times the mean. {o.steps} steps a setting."
-        " `work`: FLOPs under the plan that runs; `least`: no assignment of whole pairs is better; `tokens`: of the same plan;"
-        " `in order`: work, were pairs dealt out in the order of the rows.",
+        " `work`: FLOPs under the plan that runs; `least`: no assignment of whole pairs is better;"
+        " `tokens`: of the same plan; `in order`: work, were pairs dealt out in the order of the rows.",
         table(title, rows),
     )
     print(text)
