@@ -20,8 +20,8 @@ from dpo_kit import config as config_module
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-# Each brings another framework that the tests do without.
-UNPINNED_EXTRAS = {"ray", "bench"}
+# It brings another framework that the tests do without.
+UNPINNED_EXTRAS = {"bench"}
 
 
 def makefile_extras():

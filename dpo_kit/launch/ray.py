@@ -19,7 +19,6 @@ import os
 import re
 import secrets
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -34,7 +33,7 @@ def main(run_dir: Path, token: str) -> int:
     import ray  # launch/world has seen that it is there
 
     config = config_module.load(run_dir / "config.yaml")
-    _connect(ray, config)
+    _connect(ray, config, run_dir)
     counts = nodes.shares(
         config_module.parse_backend(config.actor.backend).world_size, config.cluster.n_nodes
     )
@@ -60,7 +59,7 @@ def main(run_dir: Path, token: str) -> int:
     return ExitStatus.DONE
 
 
-def _connect(ray: Any, config: Config) -> None:
+def _connect(ray: Any, config: Config, run_dir: Path) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     quiet: dict[str, Any] = {
         "log_to_driver": False,
@@ -82,7 +81,7 @@ def _connect(ray: Any, config: Config) -> None:
                 " node; start one (ray start --head), or give scheduler.address"
             ) from None
         if "RAY_AUTH_TOKEN_PATH" not in os.environ:
-            _again_for_oneself()
+            _again_for_oneself(run_dir)
         ray.init(address="local", _node_ip_address="127.0.0.1", include_dashboard=False, **quiet)
         print("Ray: a cluster of this run's own, on this machine", flush=True)
         return
@@ -92,14 +91,13 @@ def _connect(ray: Any, config: Config) -> None:
         print(f"{nodes.WARNING}{address} takes anybody's jobs: start it with RAY_AUTH_MODE=token", flush=True)
 
 
-def _again_for_oneself() -> NoReturn:
+def _again_for_oneself(run_dir: Path) -> NoReturn:
     """Begins this process again as Ray must find it for a cluster on loopback only, with a token of its own.
 
     Ray reads these variables when it is imported. Without them it listens on every interface, and writes a token that
     all users of the machine can read into the home folder.
     """
-    folder = Path(tempfile.mkdtemp(prefix="dpo-kit-ray-"))
-    token = folder / "token"
+    token = nodes.folder(run_dir) / "ray-token"  # goes with the folder, when the run ends
     token.touch(0o600)
     token.write_text(secrets.token_hex(32))
     ours = {

@@ -23,7 +23,7 @@ from typing import Any
 
 from dpo_kit import config as config_module
 from dpo_kit.config import Config
-from dpo_kit.errors import ConfigError, UserError
+from dpo_kit.errors import ConfigError, ExitStatus, UserError
 from dpo_kit.launch.world import check_package
 from dpo_kit.supervise import nodes
 
@@ -141,6 +141,8 @@ def _quoted(word: str) -> str:
 def main(run_dir: Path, token: str) -> None:
     """Becomes srun of the run's agents."""
     config = config_module.load(run_dir / "config.yaml")
+    if submits(config):  # srun would wait for an allocation of its own
+        raise UserError(f"{run_dir.name} runs in a job of Slurm, and this is none; resume it in one")
     count = str(config.cluster.n_nodes)
     agent = [sys.executable, "-m", "dpo_kit.system.child", "dpo_kit.supervise.agent"]
     own = [
@@ -156,4 +158,8 @@ def main(run_dir: Path, token: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    try:
+        main(Path(sys.argv[1]), sys.argv[2])
+    except UserError as error:
+        print(error, flush=True)
+        sys.exit(ExitStatus.MISTAKE)

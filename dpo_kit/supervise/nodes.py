@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from dpo_kit.config import Config
 from dpo_kit.errors import ConfigError, ExitStatus, UserError
 from dpo_kit.records import findings
 from dpo_kit.records.findings import Finding
@@ -349,9 +350,20 @@ def of(session: Session, bring: Callable[[str], subprocess.Popen] | None, starte
 
     def start(token: str) -> subprocess.Popen:
         with open(run_dir / "logs" / "nodes.log", "wb") as log:
-            return popen([module, str(run_dir), token], dict(os.environ), log)
+            return popen([module, str(run_dir), token], {**os.environ, **variables(config)}, log)
 
     return Nodes(session, shares(session.num_ranks, config.cluster.n_nodes), start)
+
+
+def variables(config: Config) -> dict[str, str]:
+    """What the processes of a run on several nodes get beside the environment: one place for what comes from the hub.
+
+    A folder that the user has named stays.
+    """
+    is_named = any(name in os.environ for name in ("HF_HOME", "HF_HUB_CACHE"))
+    if config.cluster.n_nodes == 1 or config.scheduler.type not in STARTERS or is_named:
+        return {}
+    return {"HF_HUB_CACHE": str(Path(config.cluster.fileroot) / ".cache" / "hub")}
 
 
 def handed_on() -> dict[str, str]:

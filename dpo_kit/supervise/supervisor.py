@@ -226,7 +226,8 @@ def _finish(session: Session, state: str, message: str, mistake: bool) -> None:
 def _run_child(session: Session, module: str, name: str) -> int | None:
     """Runs `prepare` or `samples`; its exit status, None when it was killed."""
     with open(session.run_dir / "logs" / f"{name}.log", "ab") as log:
-        child = popen([module, str(session.run_dir)], dict(os.environ), log)
+        environment = {**os.environ, **nodes.variables(session.config)}
+        child = popen([module, str(session.run_dir)], environment, log)
     return wait_for(session, LocalRanks([child]), min(_CHILD_GRACE_S, session.config.cluster.grace_s))[0]
 
 
