@@ -61,6 +61,8 @@ def _run(
 ) -> None:
     recorder.progress("load model")
     torch.manual_seed(config.seed)
+    if config.actor.deterministic:  # matrix products on CUDA refuse to run without it
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(config.actor.deterministic)
     train, valid = _stores(run_dir)
     token_budget.check(config, train)

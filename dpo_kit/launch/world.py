@@ -53,6 +53,35 @@ def resolve_world(config: Config, say: Say | None = None) -> Config:
     return config
 
 
+def plan_world(config: Config, num_devices: int | None = None, say: Say | None = None) -> Config:
+    """`resolve_world` for machines that are not this one, nor torchrun's or a scheduler's here.
+
+    Args:
+        config: loaded; not changed.
+        num_devices: CUDA devices of all `cluster.n_nodes` together. None: as many as the configuration says, and
+            where it leaves that open, one a rank, or one a node.
+        say: as for `resolve_world`.
+
+    Raises:
+        UserError: the devices cannot be spread over the nodes, or are fewer than the ranks.
+    """
+    config = copy.deepcopy(config)
+    cluster, backend = config.cluster, config_module.parse_backend(config.actor.backend)
+    if num_devices is not None and (num_devices < 1 or num_devices % cluster.n_nodes):
+        raise UserError(
+            f"--devices {num_devices} cannot be shared out over cluster.n_nodes = {cluster.n_nodes}; give a multiple of"
+            f" {cluster.n_nodes}, such as {max(1, num_devices // cluster.n_nodes) * cluster.n_nodes}"
+        )
+    if num_devices is not None:
+        cluster.n_gpus_per_node = num_devices // cluster.n_nodes
+    elif cluster.n_gpus_per_node in ("auto", 0):
+        cluster.n_gpus_per_node = -(-backend.world_size // cluster.n_nodes) if backend.explicit else 1
+    _fill_backend(config, automatic=False)
+    config_module.check(config)
+    (say or print_line)(_nodes_text(config))
+    return config
+
+
 def check_package(scheduler: str) -> None:
     """Refuses a scheduler whose package is not installed."""
     package = _PACKAGES.get(scheduler)
@@ -170,8 +199,9 @@ def _nodes_text(config: Config) -> str:
     cluster, backend = config.cluster, config_module.parse_backend(config.actor.backend)
     num_ranks, num_devices = backend.world_size, cluster.n_nodes * int(cluster.n_gpus_per_node)
     each = ", ".join(map(str, sorted(set(nodes.shares(num_ranks, cluster.n_nodes)), reverse=True)))
-    kind = "CUDA ranks (NCCL)" if num_devices else "CPU ranks (gloo)"
-    told = f"{num_ranks} {kind} on {cluster.n_nodes} node{'s' * (cluster.n_nodes > 1)}, {each} on each"
+    kind = "CUDA" if num_devices else "CPU"
+    told = f"{num_ranks} {kind} rank{'s' * (num_ranks > 1)} ({'NCCL' if num_devices else 'gloo'})"
+    told += f" on {cluster.n_nodes} node{'s' * (cluster.n_nodes > 1)}, {each} on each"
     if num_ranks < num_devices:
         width, unused = num_devices // backend.t, num_devices - num_ranks
         more = f" train_dataset.batch_size={width}" if config.train_dataset.batch_size < width else ""

@@ -1,6 +1,7 @@
 """What a run will need, before it starts: memory, tokens, time and disk.
 
     found = estimate.make(config)         a dict of plain numbers, bytes and seconds
+    found = estimate.make(config, device_bytes=80 * 2**30)   of a machine that is not this one: no times
     print(estimate.text(found))           one table; its last line says whether the run fits
     estimate.refuse(found)                UserError where it does not, with a setting that does
 
@@ -10,6 +11,7 @@ blocks of the same shape on the same ranks. Not here: what a launch refuses with
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from dpo_kit.model.costs import (
     export_bytes,
     memory_problem,
     step_bytes,
+    tokens_that_fit,
     trained_params,
 )
 from dpo_kit.model.model_folder import fingerprint, known_hashes, read_shape, snapshot
@@ -51,12 +54,14 @@ METRICS_BYTES, EVALUATION_BYTES, CACHE_BYTES = 600, 350, 32
 GIB = 2**30
 
 
-def make(config: Config, *, probe: bool = True) -> dict[str, Any]:
+def make(config: Config, *, probe: bool = True, device_bytes: int | None = None) -> dict[str, Any]:
     """The estimate of a run, as JSON values.
 
     Args:
-        config: devices resolved (`launch.resolve_world`).
+        config: devices resolved (`launch.resolve_world`, `launch.plan_world`).
         probe: try a few blocks for the times; a run that does not fit in memory is never tried.
+        device_bytes: memory of each device of a machine that is not this one, whose times, free disk and, it may be,
+            data nobody knows here; None: the run is for this machine.
 
     Raises:
         UserError: the model's config.json is nowhere, its sizes do not divide, or the data cannot be used.
@@ -66,8 +71,9 @@ def make(config: Config, *, probe: bool = True) -> dict[str, Any]:
     if no_split := preflight.not_split(config):
         raise ConfigError(no_split)
     num_ranks = config_module.parse_backend(config.actor.backend).world_size
-    train, valid = _stores(config)
-    free = machine.free_bytes_of_rank(num_ranks, on_cuda=bool(config.cluster.n_gpus_per_node))
+    is_here = device_bytes is None
+    train, valid = _stores(config, is_here)
+    free = device_bytes or machine.free_bytes_of_rank(num_ranks, on_cuda=bool(config.cluster.n_gpus_per_node))
     tokens = _tokens(config, shape, train, num_ranks, free)
     largest, longest = tokens["largest_micro_batch"], tokens.get("longest_pair") or 1
     needed = step_bytes(shape, config, num_ranks=num_ranks, tokens=largest)
@@ -78,6 +84,7 @@ def make(config: Config, *, probe: bool = True) -> dict[str, Any]:
         },
         "ranks": num_ranks,
         "device": "cuda" if config.cluster.n_gpus_per_node else "cpu",
+        "is_here": is_here,
         "memory": {**needed, "total": sum(needed.values()), "free": free},
         "tokens": tokens,
         "time": None,
@@ -87,9 +94,11 @@ def make(config: Config, *, probe: bool = True) -> dict[str, Any]:
     no_memory = memory_problem(
         shape, config, num_ranks=num_ranks, tokens=largest, longest=longest, free_bytes=free
     )
-    if probe and train is not None and not no_memory:
+    if probe and is_here and train is not None and not no_memory:
         found["time"] = _time(config, shape, folder, found, train, valid)
     found["disk"], no_disk = _disk(config, shape, found, train, valid)
+    if not is_here:
+        found["disk"]["free"], no_disk = None, ""
     found["problems"] = [problem for problem in (no_memory, no_disk) if problem]
     return found
 
@@ -116,9 +125,21 @@ def model_folder(path: str) -> Path:
         ) from error
 
 
-def _stores(config: Config) -> tuple[PairStore | None, PairStore | None]:
-    """The pair stores of training and validation; None where the data are on the hub."""
+def _stores(config: Config, is_here: bool) -> tuple[PairStore | None, PairStore | None]:
+    """The pair stores of training and validation; None where the data are on the hub.
+
+    For another machine they are built below `runs/` where `cluster.fileroot` is not here, and are None where the
+    model's folder has no tokenizer, either.
+    """
     stores: list[PairStore | None] = []
+    if not is_here:
+        if (folder := Path(builtin.ensure(config.tokenizer_path))).is_dir() and not list(
+            folder.glob("tokenizer*")
+        ):
+            return None, None
+        if not Path(config.cluster.fileroot).is_dir():
+            config = copy.deepcopy(config)
+            config.cluster.fileroot = str(config_module.resolve_path("runs", config_module.project_root()))
     for split, section in (("train", config.train_dataset), ("valid", config.valid_dataset)):
         path = section and (section.path or config.train_dataset.path)
         is_local = path and (path == "sample" or Path(path).expanduser().exists())
@@ -133,8 +154,9 @@ def _tokens(
     config: Config, shape: Shape, store: PairStore | None, num_ranks: int, free: int
 ) -> dict[str, Any]:
     bound = micro_batch_bound(config, shape, num_ranks, free)
+    fitting = tokens_that_fit(shape, config, num_ranks=num_ranks, free_bytes=free)
     if store is None:
-        return {"pairs": None, "largest_micro_batch": bound, "bound": bound}
+        return {"pairs": None, "largest_micro_batch": bound, "bound": bound, "fitting_micro_batch": fitting}
     num_steps = steps.num_steps(config, len(store))
     planned = _planned(config, len(store), num_steps)
     lengths, shares = store.all_lengths(), config.actor.share_prompt
@@ -159,6 +181,7 @@ def _tokens(
         "largest_micro_batch": largest,
         "longest_pair": int(run.max()),
         "bound": bound,
+        "fitting_micro_batch": fitting,
     }
 
 
@@ -310,10 +333,12 @@ def text(found: dict[str, Any]) -> str:
         *_rows("memory a rank", found["memory"], _gib),
         *_rows("tokens", {k: v for k, v in tokens.items() if v is not None}, lambda v: f"{v:,.0f}"),
         *_rows("time", found["time"] or {}, _seconds),
-        *_rows("disk", found["disk"], _gib),
+        *_rows("disk", {k: v for k, v in found["disk"].items() if v is not None}, _gib),
     ]
     if tokens["pairs"] is None:
-        lines.append("the training data are not on this machine: full micro-batches assumed, no times")
+        lines.append("training data or tokenizer are not on this machine: full micro-batches assumed")
+    if not found["is_here"]:
+        lines.append("no times, nor what is free on the disk: only the machine that is planned could tell")
     elif not found["time"]:
         lines.append("no times: not probed")
     return "\n".join([*lines, "", "; ".join(found["problems"]) or "fits"])
