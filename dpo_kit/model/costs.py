@@ -142,7 +142,7 @@ LARGEST_HEAP_PIECE = 32 * 2**20
 # Bytes a small parameter: on one rank; with FSDP2, which gathers and reduces in buffers of other sizes, more.
 HEAP_SLACK = 1.2
 SHARDED_HEAP_SLACK = 4.0
-# Small gradients of adapters lie among what blocks leave behind: holes, as a share of what all blocks keep (docs/log.md).
+# Small gradients of adapters lie among what blocks leave behind: holes, as a share of what all blocks keep, measured.
 ADAPTER_HOLES = 0.6
 CUDA_SLACK = 0.08
 MOST_TOKENS = 1 << 24
