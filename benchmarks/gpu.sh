@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Every benchmark for one H200 (or another single GPU) in one go: about an hour. Needs the `bench` extra.
+# The tests that need a card, then every benchmark for one H200 (or another single GPU) in one go: about an hour.
+# Needs the `bench` and the `dev` extra.
 #
 #   bash benchmarks/gpu.sh                      reports in runs/benchmarks/gpu/, OUT=folder for elsewhere
 #   DPO_KIT_TOY=1 bash benchmarks/gpu.sh        the same commands at toy size, on a CPU too: a few minutes
@@ -39,6 +40,14 @@ report() {
     echo "== $name" >&2
     "$PYTHON" "benchmarks/$script" --dtype bfloat16 "$@" -o "$OUT/$name.md" || failed+=("$name")
 }
+
+# 0. Whether it is right on this card at all: the tests that need one, under 5 minutes
+case "cuda-tests" in "${ONLY:-}"*)
+    echo "== cuda-tests" >&2
+    "$PYTHON" -m pytest -m gpu tests/test_cuda.py > "$OUT/cuda-tests.log" 2>&1 || failed+=("cuda-tests")
+    tail -n 3 "$OUT/cuda-tests.log" >&2
+    ;;
+esac
 
 # 1. MFU of the kit: must / aim 0.5B 30 / 36 %, 1.5B 40 / 45 %, 7B with recompute 36 / 39 %, 7B without 44 / 48 %
 mfu() {

@@ -24,6 +24,7 @@ from dpo_kit.config.values import coerce
 from dpo_kit.errors import ExitStatus, RunError, UserError
 from dpo_kit.launch import preflight
 from dpo_kit.redaction import guarded_output
+from dpo_kit.system import machine
 from dpo_kit.view.html import visible
 
 # On a terminal a counter is drawn over; in a log a line comes now and then, so that nothing is silent for 5 s.
@@ -82,9 +83,19 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _count(text: str) -> int:
-    """An option that is a number, read as the configuration reads one."""
+    """An option that is a whole number."""
+    return _number(text, int, {"ge": 0})
+
+
+def _size(text: str) -> float:
+    """An option that is an amount of something."""
+    return _number(text, float, {"gt": 0})
+
+
+def _number(text: str, kind: type, allowed: dict[str, Any]) -> Any:
+    """An option's number, read as the configuration reads one."""
     try:
-        return coerce(text, int, {"ge": 0})
+        return coerce(text, kind, allowed)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} {error}") from None
 
@@ -125,6 +136,10 @@ def _parser() -> argparse.ArgumentParser:
     told = "memory, tokens, time and disk of a run before it starts; refuses what cannot fit"
     estimate = add("estimate", _estimate, told)
     estimate.add_argument("--json", action="store_true", help="the numbers as JSON: bytes, seconds, tokens")
+    about = "plan a machine that is not this one, with so many CUDA devices in all (default: as configured)"
+    estimate.add_argument("--devices", type=_count, metavar="N", help=about)
+    about = "memory of each of its devices (default: what is free on this machine's)"
+    estimate.add_argument("--device-gib", type=_size, metavar="GIB", help=about)
     estimate.add_argument("--no-probe", action="store_true", help="no times: nothing is run")
     add("doctor", _doctor, "what is wrong with a run before it starts, one line a check")
     sample = _add_with_runs(commands, "sample", _sample, "answers of reference and policy, side by side")
@@ -211,8 +226,11 @@ def _fileroot(arguments: argparse.Namespace) -> Path:
 
 def _train(arguments: argparse.Namespace) -> int:
     from dpo_kit import launch
+    from dpo_kit.launch import slurm
 
     config = _load(arguments)
+    if slurm.submits(config):
+        return slurm.submit(config, arguments.config, arguments.overrides)
     if not arguments.detach:
         return launch.run_in_foreground(config, arguments.config)
     print(launch.start(config, detached=True).dir)
@@ -274,10 +292,35 @@ def _estimate(arguments: argparse.Namespace) -> None:
     from dpo_kit.system.files import to_json
     from dpo_kit.tools import estimate
 
-    config = launch.resolve_world(_load(arguments), lambda _: None)
-    found = estimate.make(config, probe=not arguments.no_probe)
+    if arguments.devices is None and arguments.device_gib is None:
+        config = launch.resolve_world(_load(arguments), lambda _: None)
+        found = estimate.make(config, probe=not arguments.no_probe)
+    else:
+        found = estimate.make(_planned(arguments), device_bytes=_device_bytes(arguments))
     print(to_json(found, indent=2) if arguments.json else estimate.text(found))
     estimate.refuse(found)
+
+
+def _planned(arguments: argparse.Namespace) -> Config:
+    """The configuration on the devices of `--devices`, whatever the params file says of them."""
+    from dpo_kit import launch
+
+    if arguments.devices is not None:
+        arguments.overrides.append("cluster.n_gpus_per_node=auto")
+    say = (lambda _: None) if arguments.json else None
+    return launch.plan_world(_load(arguments), arguments.devices, say)
+
+
+def _device_bytes(arguments: argparse.Namespace) -> int:
+    if arguments.device_gib is not None:
+        return int(arguments.device_gib * 2**30)
+    free = machine.free_device_bytes()
+    if free is None:
+        raise UserError(
+            f"--devices {arguments.devices}: there is no CUDA device here whose memory could stand for theirs; add"
+            " --device-gib, such as --device-gib 80"
+        )
+    return free
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -102,6 +102,7 @@ def begin(namespace: Mapping[str, Any], *, extra: Collection[str] = ()) -> Confi
         ConfigError: a name in the parameters cell, or injected by papermill, that no notebook knows (the
             nearest one is named), or whatever is wrong with the configuration.
     """
+    launch.check_alone()
     settings, provenance = from_notebook(collect(namespace, extra), extra=extra)
     print(f"project root: {config.project_root()}")
     print(f"runs go to:   {settings.cluster.fileroot}")

@@ -40,6 +40,15 @@ def ranks():
     pool.folder.cleanup()
 
 
+@pytest.fixture(scope="session")
+def four_ranks():
+    """Four of them."""
+    pool = Ranks(4)
+    yield pool
+    pool.close()
+    pool.folder.cleanup()
+
+
 @pytest.fixture
 def fakes(tmp_path, monkeypatch):
     """Runs over fake processes, under `tmp_path`; none is left behind."""

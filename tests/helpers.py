@@ -69,10 +69,11 @@ def tiny_config(fileroot: Path, *overrides: str):
 
 
 @contextmanager
-def one_rank():
-    """A process group of this process alone, unless it is a rank already."""
+def one_rank(*overrides: str):
+    """A process group of this process alone, unless it is a rank: then `actor.backend` says who shares layers."""
     if dist.is_initialized():
-        yield parallel.init_world(cuda=False)
+        backend = tiny_config(Path(), *overrides).actor.backend
+        yield parallel.init_world(cuda=False, tp_size=config_module.parse_backend(backend).t)
         return
     with parallel.alone(cuda=False) as world:
         yield world
@@ -88,7 +89,7 @@ def make_engine(world, config, train: PairStore, valid: PairStore | None = None)
 def train_tiny(folder: str, overrides: tuple[str, ...] = (), num_pairs: int = 40) -> list[dict]:
     """Trains on random pairs on the ranks at hand; returns the record of each step."""
     root = Path(folder)
-    with one_rank() as world:
+    with one_rank(*overrides) as world:
         if world.is_main:
             store_of(random_pairs(num_pairs), root / "pairs")
         world.barrier()

@@ -124,6 +124,7 @@ class Ranks:
 def serve(pipe: Connection) -> None:
     """One rank: answers tasks until the pipe closes."""
     import torch.distributed as dist
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
     while True:
         try:
@@ -135,6 +136,7 @@ def serve(pipe: Connection) -> None:
             # The group of the call before is left only now, when no rank talks on it any more.
             if dist.is_initialized():
                 dist.destroy_process_group()
+                _clear_sharding_prop_cache()  # it remembers meshes, and with them their groups
             one_rank.join(task["store"], "gloo", task["timeout_s"])
             result = one_rank.find(task["module"], task["name"])(*task["args"])
             answer = pickle.dumps({"result": result})

@@ -20,8 +20,8 @@ from dpo_kit import config as config_module
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-# Each brings another framework that the tests do without.
-UNPINNED_EXTRAS = {"ray", "bench"}
+# It brings another framework that the tests do without.
+UNPINNED_EXTRAS = {"bench"}
 
 
 def makefile_extras():
@@ -63,7 +63,15 @@ def test_the_pins_hold_on_every_platform():
 def test_python_and_package_agree():
     assert SpecifierSet(PROJECT["requires-python"]).contains("3.11")
     assert "3, 11" in (ROOT / ".ci" / "preflight.py").read_text()
-    assert set(PROJECT["optional-dependencies"]) == {"notebook", "ray", "tracking", "bench", "dev"}
+    assert set(PROJECT["optional-dependencies"]) == {
+        "notebook",
+        "lora",
+        "ray",
+        "slurm",
+        "tracking",
+        "bench",
+        "dev",
+    }
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "params").glob("*.yaml")), ids=lambda path: path.name)

@@ -137,11 +137,6 @@ def _backend(field: str, text: str) -> tuple[Backend | None, list[str]]:
             f"pipeline stages; for the same {backend.d * backend.p} ranks use {d}"
             + (f"t{backend.t}" if backend.t > 1 else "")
         ]
-    if backend.t != 1:
-        return None, [
-            f"{field} = {text!r}: tensor parallelism (t = {backend.t}) is not built yet; "
-            f"use t1, e.g. fsdp:d{backend.world_size} for the same {backend.world_size} ranks"
-        ]
     return backend, []
 
 
@@ -150,7 +145,7 @@ def _parallel(config: Config, fine: Fine) -> Iterator[str]:
     if fine("cluster.n_nodes", "scheduler.type") and cluster.n_nodes > 1 and config.scheduler.type == "local":
         yield (
             f"cluster.n_nodes = {cluster.n_nodes} needs more than one machine, and scheduler.type = 'local' "
-            "is one; use scheduler.type=ray, or cluster.n_nodes=1"
+            "is one; use scheduler.type=ray (or slurm, torchrun), or cluster.n_nodes=1"
         )
     if not fine("actor.backend"):
         return
@@ -158,6 +153,11 @@ def _parallel(config: Config, fine: Fine) -> Iterator[str]:
     yield from problems
     if backend is None:
         return
+    if fine("cluster.n_nodes") and backend.explicit and backend.world_size < cluster.n_nodes:
+        yield (
+            f"actor.backend = {config.actor.backend!r} has {backend.world_size} ranks for cluster.n_nodes ="
+            f" {cluster.n_nodes}; use fsdp:d{cluster.n_nodes} or more, or fewer nodes"
+        )
     if fine("ref.backend"):
         yield from _same_ranks(config, backend)
     pairs = config.train_dataset.batch_size

@@ -47,7 +47,15 @@ class ClusterConfig:
 
 @dataclass
 class SchedulerConfig:
-    type: str = rule("local", choices=("local", "ray"))
+    type: str = rule("local", choices=("local", "ray", "slurm", "torchrun"))
+    address: str | None = (
+        None  # ours: of a Ray cluster; null: RAY_ADDRESS, a running one, else one of the run's own
+    )
+    wait_s: float = rule(60.0, ge=0)  # ours: for nodes that are not there yet
+    # Ours, for Slurm outside an allocation: further options, print the script only, a notebook in the command's place.
+    sbatch: str | None = None
+    dry_run: bool = False
+    notebook: str | None = None
 
 
 @dataclass

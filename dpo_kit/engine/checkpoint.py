@@ -9,9 +9,9 @@ A checkpoint is only taken for a run of the same data, weights and settings: any
         COMMIT.json                  size and sha256 of all of these (system/folders)
 
 The step alone gives the scheduler and the sampler (`schedule`) and the length of `metrics.jsonl`. A checkpoint may be
-loaded by another number of ranks: each takes its rows of every tensor; the generators then start anew, which only
-dropout and bfloat16 optimizer states can notice. `.metadata` is a pickle: it is read from the run's own folder
-only, and only after its hash was found in `COMMIT.json`.
+loaded by ranks of another number or layout: each takes its part of every tensor; the generators then start anew,
+which only dropout and bfloat16 optimizer states can notice. `.metadata` is a pickle: it is read from the run's own
+folder only, and only after its hash was found in `COMMIT.json`.
 
 Not here: when a checkpoint is due (`recorder`), how the folders are named (records/checkpoint_folders).
 """
@@ -51,7 +51,7 @@ def save(
 
     Args:
         folder: `checkpoints/step-N`.
-        facts: JSON values that `load` gives back; `num_ranks` is added.
+        facts: JSON values that `load` gives back; `num_ranks` and `tp_size` are added.
 
     Raises:
         UserError: it cannot be written; the message names the folder and what is free there.
@@ -67,7 +67,7 @@ def save(
         dcp.save(_tensors(policy, optimizer), storage_writer=writer)
         save_file(_generators(world.device), part / f"rank-{world.rank}.safetensors")
         if world.is_main:
-            text = to_json({**facts, "num_ranks": world.size}, indent=1)
+            text = to_json({**facts, "num_ranks": world.size, "tp_size": world.tp_size}, indent=1)
             (part / checkpoint_folders.STATE).write_text(text, "utf-8")
 
     def read() -> dict[str, dict[str, Any]]:  # for the hashes, shared: every rank its part of the files
@@ -95,14 +95,14 @@ def load(folder: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, worl
         folder: `checkpoints/step-N`, which `damage` has verified.
 
     Returns:
-        The `facts` of `save`, with `num_ranks`.
+        The `facts` of `save`, with `num_ranks` and `tp_size`.
     """
     facts = read_json(folder / checkpoint_folders.STATE)
     reader = FileSystemReader(str(folder))
     known = reader.read_metadata().state_dict_metadata
     dcp.load(_tensors(policy, optimizer, make=known), storage_reader=reader)
     publish(policy)
-    if facts["num_ranks"] == world.size:
+    if (facts["num_ranks"], facts.get("tp_size", 1)) == (world.size, world.tp_size):
         _set_generators(folder / f"rank-{world.rank}.safetensors", world.device)
     return facts
 

@@ -73,7 +73,9 @@ def train(
         start = time.perf_counter()
         lr = learning_rate(step, total, config.actor.optimizer)
         sums, norm, gaps = train_step(engine, optimizer, batches, pairs, lr)
-        sums[-1] = float(engine.should_stop())
+        # Of ranks that share their pairs `sum` counts one, and a signal may have reached another only.
+        stop = engine.should_stop() if world.tp_size == 1 else world.any(engine.should_stop())
+        sums[-1] = float(stop)
         if step < total:
             upcoming = prepared(next(rows_to_come))  # while the device still works
         values = world.sum(sums).tolist()

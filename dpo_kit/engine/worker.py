@@ -61,6 +61,8 @@ def _run(
 ) -> None:
     recorder.progress("load model")
     torch.manual_seed(config.seed)
+    if config.actor.deterministic:  # matrix products on CUDA refuse to run without it
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(config.actor.deterministic)
     train, valid = _stores(run_dir)
     token_budget.check(config, train)
@@ -128,7 +130,9 @@ def main(run_dir: Path) -> int:
     rank = int(os.environ["RANK"])
     cuda = os.environ.get("DPO_KIT_DEVICE", "cpu") == "cuda"
     try:
-        world = init_world(cuda=cuda, init_method=f"file://{os.environ['DPO_KIT_INIT_FILE']}")
+        config = config_module.load(run_dir / "config.yaml")
+        tp_size = config_module.parse_backend(config.actor.backend).t
+        world = init_world(cuda=cuda, init_method=os.environ["DPO_KIT_INIT_METHOD"], tp_size=tp_size)
         run(run_dir, world, lambda: stop)
     except Stopped:
         status = ExitStatus.STOPPED

@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from dpo_kit.config import Config
 from dpo_kit.errors import ExitStatus, RunError, UserError
@@ -47,6 +48,10 @@ def start(config: Config, new: bool = False, *, owner: str | None = None, detach
     """
     kind = "detached" if detached else owner or ("headless" if is_headless() else "interactive")
     assert kind in ("detached", "headless", "interactive"), kind
+    if config.scheduler.type == "torchrun":
+        raise UserError(
+            "scheduler.type = 'torchrun' is for `dpo-kit train` in the foreground; use local, ray or slurm"
+        )
     config = world.resolve_world(config)
     if kind == "interactive" and not new and (running := trial.live_alike(config)):
         return running
@@ -83,6 +88,11 @@ def run_in_foreground(config: Config, source: str | Path | None = None) -> int:
     Raises:
         UserError: what cannot run, a trial that exists, data that cannot be used. Nothing is left on disk.
     """
+    world.check_alone(config)
+    if config.scheduler.type == "torchrun":
+        from dpo_kit.launch import torchrun  # which ends in `foreground`
+
+        return torchrun.run_in_foreground(config, source)
     config = world.resolve_world(config)
     run, is_done = trial.open_trial(config, "foreground", source)
     return foreground(run, is_done)
@@ -102,11 +112,17 @@ def resume_in_foreground(run: Run) -> int:
     return foreground(run, found.act == "skip")
 
 
-def foreground(run: Run, is_done: bool) -> int:
-    """Supervises a queued run in this process; its exit status."""
+def foreground(run: Run, is_done: bool, **how: Any) -> int:
+    """Supervises a queued run in this process; its exit status.
+
+    Args:
+        run: of a folder that `trial` or `resume` has made ready.
+        is_done: there is nothing to do.
+        how: further arguments of `supervisor.supervise`.
+    """
     code = ExitStatus.DONE
     if not is_done:
-        code = supervisor.supervise(run.dir, foreground=True, lines=progress.Lines(run.dir))
+        code = supervisor.supervise(run.dir, foreground=True, lines=progress.Lines(run.dir), **how)
     if code == ExitStatus.DONE and not is_done and (figures := progress.last_figures(run.dir)):
         status = run.status
         if status["ended_at"] - status["started_at"] > _LONG_AGO_S:

@@ -1,5 +1,5 @@
 """What can be told of a run in a blink, before its folder is made: files that are missing or no data at all,
-models that are nowhere, a reference with another tokenizer.
+models that are nowhere or cannot be split as asked, a reference with another tokenizer.
 
 Deliberately not here: the configuration by itself (config), memory and disk (supervise/fits), hubs, what needs a
 tokenizer or all of the data (dataset).
@@ -7,15 +7,16 @@ tokenizer or all of the data (dataset).
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import re
 from pathlib import Path
 from typing import Any
 
-from dpo_kit.config import Config, paths
+from dpo_kit.config import Config, parse_backend, paths
 from dpo_kit.errors import ConfigError, UserError
-from dpo_kit.model import model_folder
+from dpo_kit.model import model_folder, split_sizes
 from dpo_kit.supervise import fits
 
 # A larger file takes seconds to read; the supervisor's prepare step finds the same mistakes.
@@ -65,8 +66,20 @@ def check_models(config: Config) -> None:
         from dpo_kit.dataset.tokens import vocabulary_problems
 
         problems = vocabulary_problems(config, _vocabulary)
-    if problems:
+    if problems := problems or not_split(config):
         raise ConfigError(problems)
+
+
+def not_split(config: Config) -> list[str]:
+    """Models at hand that the backend's tensor-parallel ranks cannot share, a line each."""
+    tp_size, problems = parse_backend(config.actor.backend).t, []
+    for field in ("actor", "ref"):
+        path = getattr(config, field).path
+        with contextlib.suppress(UserError, KeyError, ValueError):  # not at hand; of no known kind
+            if problem := split_sizes.problem(model_folder.read_config(model_folder.at_hand(path)), tp_size):
+                backend = f"actor.backend = {config.actor.backend!r} has t = {tp_size}"
+                problems.append(f"{backend}, and of {field}.path = {path!r} {problem}")
+    return list(dict.fromkeys(problems))
 
 
 def _not_whole(field: str, folder: Path) -> list[str]:

@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpo_kit.model.packing import Segments, Varlen
+from dpo_kit.model.split_sizes import MODEL_TYPES
 
 NAME = "dpo_kit"
-MODEL_TYPES = ("llama", "qwen2", "qwen3", "mistral")
 
 
 def register() -> None:

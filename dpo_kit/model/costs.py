@@ -15,11 +15,11 @@ from __future__ import annotations
 import copy
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
-from dpo_kit.config import Config
+from dpo_kit.config import Config, parse_backend
 from dpo_kit.system.machine import size_text
 
 if TYPE_CHECKING:
@@ -106,6 +106,13 @@ class Shape:
             "down_proj": (self.intermediate, self.hidden),
         }
 
+    def part(self, tp_size: int) -> Shape:
+        """What one of so many tensor-parallel ranks holds: every matrix is split, the hidden states are not."""
+        sizes = {
+            name: getattr(self, name) // tp_size for name in ("heads", "kv_heads", "intermediate", "vocab")
+        }
+        return replace(self, **sizes)
+
     def work(self, lengths: np.ndarray, share: bool) -> np.ndarray:
         """`pair_flops` of each row of lengths, by which ranks are balanced. Shapes: (P, 3) -> (P,)"""
         import numpy as np  # listing runs does without
@@ -183,11 +190,13 @@ def step_bytes(shape: Shape, config: Config, *, num_ranks: int, tokens: int) -> 
 
     Args:
         shape: of the policy; an online reference is taken to have the same.
-        config: dtype, gradient checkpointing, optimizer states and reference are read.
-        num_ranks: data-parallel ranks.
+        config: dtype, gradient checkpointing, optimizer states, reference and tensor-parallel ranks are read.
+        num_ranks: of the run, over which the weights are sharded.
         tokens: tokens run in the largest micro-batch.
     """
     actor = config.actor
+    tp_size = parse_backend(actor.backend).t
+    shape, is_sharded, num_ranks = shape.part(tp_size), num_ranks > 1, num_ranks // tp_size
     compute = DTYPE_BYTES[actor.dtype]
     master = max(compute, 4)
     device = _device(config)
@@ -198,19 +207,19 @@ def step_bytes(shape: Shape, config: Config, *, num_ranks: int, tokens: int) -> 
         "weights": (trained * master + frozen * compute) // num_ranks,
         "optimizer": 2 * trained * _state_bytes(config) // num_ranks,
         "gradients": trained * master // num_ranks,
-        "copies": _copies(shape, trained, compute, num_ranks, held=master),
+        "copies": _copies(shape, trained, compute, is_sharded, held=master),
         "reference": 0,
         "activations": tokens * kept_bytes(shape, config),
         "working": max(head, tokens * _recomputed(shape, config)),
     }
     if second_model(config):
         own = DTYPE_BYTES[config.ref.dtype]
-        copies = _copies(shape, shape.params, own, num_ranks, held=own)
+        copies = _copies(shape, shape.params, own, is_sharded, held=own)
         parts["reference"] = shape.params * own // num_ranks + copies
     if device == "cuda":
         slack = CUDA_SLACK * (parts["activations"] + parts["working"] + parts["copies"])
     else:
-        each = HEAP_SLACK if num_ranks == 1 else SHARDED_HEAP_SLACK + 2 * compute
+        each = SHARDED_HEAP_SLACK + 2 * compute if is_sharded else HEAP_SLACK
         slack = each * _heap_params(shape)
         if actor.use_lora:
             slack += ADAPTER_HOLES * tokens * shape.layers * _block_bytes(shape, config)
@@ -221,7 +230,7 @@ def tokens_that_fit(shape: Shape, config: Config, *, num_ranks: int, free_bytes:
     """The largest micro-batch whose step fits in `free_bytes` a rank; 0 when not even the weights fit.
 
     Args:
-        num_ranks: data-parallel ranks.
+        num_ranks: of the run.
         free_bytes: of one rank. CPU ranks share the machine's memory: hand over their part of it.
 
     Returns:
@@ -273,7 +282,7 @@ def memory_problem(
     """Why a step does not fit in memory, and a setting that does; empty when it fits.
 
     Args:
-        num_ranks: data-parallel ranks.
+        num_ranks: of the run.
         tokens: tokens run in the largest micro-batch.
         longest: tokens run for the longest pair, which a micro-batch must hold.
         free_bytes: of one rank.
@@ -418,15 +427,16 @@ def head_bytes(
     return chunk + (shape.head_params * upcast if trained else 0)
 
 
-def _copies(shape: Shape, params: int, dtype_bytes: int, num_ranks: int, held: int) -> int:
+def _copies(shape: Shape, params: int, dtype_bytes: int, is_sharded: bool, held: int) -> int:
     """Weights that are held a second time at the peak.
 
     Args:
         params: that are kept in `held` bytes, all or the trained ones.
         dtype_bytes: of a value in the compute dtype.
+        is_sharded: by FSDP2, which gathers them.
         held: bytes of a value of the weights that stay: on one rank there is no copy where both are the same.
     """
-    if num_ranks == 1:
+    if not is_sharded:
         return 0 if held == dtype_bytes else dtype_bytes * params
     head = shape.head_params * (1 if shape.tied else 2)
     return dtype_bytes * (head + min(2, shape.layers) * shape.block_params)

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from dpo_kit.model.parallel import World
 from dpo_kit.records.findings import Finding
 from dpo_kit.system import folders
 
+FILE_BYTES = 5 * 10**9  # of weights, but for a tensor that is larger; rank 0 holds a file's at a time
 _OF_A_TOKENIZER = (
     "tokenizer",
     "special_tokens_map",
@@ -66,17 +67,21 @@ def write(
         card: text of README.md.
     """
     only_adapters = model.adapted and not merged
-    state: dict[str, Tensor] = {}
-    for name, whole in (lora.adapter_weights if only_adapters else lora.whole_weights)(model):
-        if world.is_main:
-            state[name] = whole.detach().to("cpu", dtype)
-    if world.is_main:
+    # A collective a tensor: nobody holds more of the whole model than one, and rank 0 one file.
+    weights = (lora.adapter_weights if only_adapters else lora.whole_weights)(model)
+    if not world.is_main:
+        for _ in weights:
+            pass
+    else:
         with folders.staged(folder, "replace") as part:
+            written = ((name, whole.detach().to("cpu", dtype)) for name, whole in weights)
             config = _config_of_export(model, str(dtype).removeprefix("torch."))
             if only_adapters:
-                _write_adapters(model, state, part)
+                _write_adapters(model, dict(written), part)
             else:
-                _write_weights(model, state, part)
+                lasting = model.lm.state_dict().keys()
+                buffers = ((name, value.cpu()) for name, value in model.lm.named_buffers() if name in lasting)
+                _write_weights(part, chain(written, buffers))
                 _write_json(part / "config.json", config)
             is_own = tokenizer.name_or_path == model.source
             if not is_own:
@@ -92,12 +97,38 @@ def write(
     world.barrier()
 
 
-def _write_weights(model: PairModel, state: dict[str, Tensor], part: Path) -> None:
-    from huggingface_hub import save_torch_state_dict
+def _write_weights(folder: Path, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Writes weights as they come, file by file, with the index where there are several, as transformers reads them."""
+    from safetensors.torch import save_file
 
-    lasting = model.lm.state_dict().keys()
-    state |= {name: value.cpu() for name, value in model.lm.named_buffers() if name in lasting}
-    save_torch_state_dict(state, part, metadata={"format": "pt"})
+    numbers: dict[str, int] = {}
+    num_bytes = 0
+    for number, held in enumerate(_by_file(weights)):
+        save_file(held, folder / f"{number}.safetensors", metadata={"format": "pt"})
+        numbers |= dict.fromkeys(held, number)
+        num_bytes += sum(value.nbytes for value in held.values())
+    count = 1 + max(numbers.values())
+    names = [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
+    if count == 1:
+        names = [model_folder.WEIGHTS]
+    else:
+        index = {
+            "metadata": {"total_size": num_bytes},
+            "weight_map": {k: names[n] for k, n in numbers.items()},
+        }
+        _write_json(folder / model_folder.INDEX, index)
+    for number, name in enumerate(names):
+        (folder / f"{number}.safetensors").rename(folder / name)
+
+
+def _by_file(weights: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    held: dict[str, Tensor] = {}
+    for name, value in weights:
+        if held and sum(other.nbytes for other in held.values()) + value.nbytes > FILE_BYTES:
+            yield held
+            held.clear()  # whoever took it is done with it
+        held[name] = value.contiguous()
+    yield held
 
 
 def _write_adapters(model: PairModel, state: dict[str, Tensor], part: Path) -> None:

@@ -8,15 +8,21 @@ Shape legend: T = scored tokens, D = hidden size, V = vocabulary, K = tokens of 
 
 (float64 stays float64), holding one chunk of [K, V] at a time: the forward keeps only log Z per token, the
 backward makes each chunk's logits again. Where one chunk is all there is, it is kept instead: the backward needs
-one in any case, and it comes next. Not here: which tokens are scored (`packing`), sums over a
-response, any sampling.
+one in any case, and it comes next.
+
+With a `group` each of its ranks holds an equal part of the vocabulary and computes [K, V / ranks]; what crosses
+the ranks is three numbers a token (the largest logit; the target's and the sum of exponentials) and, in the
+backward, the gradient of the hidden states. Not here: which tokens are scored (`packing`), sums over a response,
+any sampling.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from dpo_kit.model.costs import HEAD_CHUNK_ELEMENTS
@@ -37,37 +43,43 @@ def _upcast(logits: Tensor) -> Tensor:
 
 class _TokenLogps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, size: int, keep: bool) -> Tensor:
-        logps, log_zs = [], []
-        for h, t in zip(hidden.split(size), targets.split(size), strict=True):
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, size: int, keep: bool, group: Any
+    ) -> Tensor:
+        index, is_mine = own_targets(targets, len(weight), group)
+        found: list[tuple[Tensor, ...]] = []
+        for h, t in zip(hidden.split(size), index.split(size), strict=True):
             # In place, pass after pass: a fresh [K, V] tensor costs more than the arithmetic on it.
             logits = _upcast(h @ weight.T)
             picked = logits.gather(-1, t[:, None])[:, 0]
             largest = logits.amax(-1)
-            log_z = logits.sub_(largest[:, None]).exp_().sum(-1).log()
-            logps.append(picked - largest - log_z)
-            log_zs.append(log_z + largest)
-            ctx.kept = (logits, log_z) if keep and size >= len(targets) else None
-        ctx.size = size
-        ctx.save_for_backward(hidden, weight, targets, torch.cat(log_zs))
-        return torch.cat(logps)
+            found.append((picked, largest, logits.sub_(largest[:, None]).exp_().sum(-1)))
+            ctx.kept = (logits, largest) if keep and size >= len(targets) else None
+        picked, largest, log_z = over_vocabulary(found, is_mine, group)
+        ctx.size, ctx.group = size, group
+        ctx.save_for_backward(hidden, weight, targets, largest, log_z)
+        return picked - largest - log_z
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
-        hidden, weight, targets, log_z = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets, largest, log_z = ctx.saved_tensors
+        index, is_mine = own_targets(targets, len(weight), ctx.group)
         kept, ctx.kept = ctx.kept, None  # used up: a second backward makes the logits again
         grad_hidden = torch.empty_like(hidden)
         # Summed over chunks in at least fp32: bf16 running sums would lose the small late chunks.
         grad_weight = _upcast(torch.zeros_like(weight)) if ctx.needs_input_grad[1] and not kept else None
         for start in range(0, len(targets), ctx.size):
             rows = slice(start, start + ctx.size)
-            h, t, g = hidden[rows], targets[rows], grads[0][rows, None]
+            h, t, g = hidden[rows], index[rows], grads[0][rows, None]
             # d logp / d logits = onehot(target) - softmax(logits)
             if kept:
-                grad_logits = kept[0].mul_(-g * (-kept[1]).exp()[:, None])
+                scale = (kept[1] - largest - log_z).exp()
+                grad_logits = kept[0].mul_(-g * scale[:, None])
             else:
-                grad_logits = _upcast(h @ weight.T).sub_(log_z[rows, None]).exp_().mul_(-g)
-            grad_logits.scatter_add_(-1, t[:, None], g.to(grad_logits.dtype))
+                log_zs = (log_z + largest)[rows, None]
+                grad_logits = _upcast(h @ weight.T).sub_(log_zs).exp_().mul_(-g)
+            here = g if is_mine is None else g * is_mine[rows, None]
+            grad_logits.scatter_add_(-1, t[:, None], here.to(grad_logits.dtype))
             grad_logits = grad_logits.to(weight.dtype)
             torch.mm(grad_logits, weight, out=grad_hidden[rows])
             if not ctx.needs_input_grad[1]:
@@ -78,17 +90,64 @@ class _TokenLogps(torch.autograd.Function):
                 grad_weight.addmm_(grad_logits.T, h)
             else:
                 grad_weight += grad_logits.T @ h
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
+        if ctx.group is not None:
+            dist.all_reduce(grad_hidden, group=ctx.group)
+        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
+        return grad_hidden, grad_weight, None, None, None, None
 
 
-def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk: int | None = None) -> Tensor:
+def own_targets(targets: Tensor, num_words: int, group: Any) -> tuple[Tensor, Any]:
+    """Where this rank's part of the vocabulary holds token ids, and which of them it does hold.
+
+    Args:
+        targets: token ids, of any shape.
+        num_words: tokens of a part.
+        group: ranks that hold one part each, in rank order; None: this rank holds all.
+
+    Returns:
+        Index into the part, 0 for a token that another rank holds, and the mask of those held here (None: all).
+    """
+    if group is None:
+        return targets, None
+    index = targets - num_words * group.rank()
+    is_mine = (index >= 0) & (index < num_words)
+    return index * is_mine, is_mine
+
+
+def over_vocabulary(
+    found: Sequence[tuple[Tensor, ...]], is_mine: Any, group: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the ranks of `group` know of each token, put together; equals the same over whole rows of logits.
+
+    Args:
+        found: of each chunk the target's logit, the largest logit of this rank's part, and the sum of
+            exp(logit - largest) over it. Shapes: (K,), (K,), (K,)
+        is_mine: tokens whose target this rank holds. Shape: (T,)
+
+    Returns:
+        The target's logit, the largest one, and log of the sum of exp(logit - largest). Shapes: (T,), (T,), (T,)
+    """
+    picked, largest, sums = map(torch.cat, zip(*found, strict=True))
+    if group is None:
+        return picked, largest, sums.log()
+    highest = largest.clone()
+    dist.all_reduce(highest, dist.ReduceOp.MAX, group)
+    both = torch.stack([picked.where(is_mine, 0.0), sums * (largest - highest).exp()])
+    dist.all_reduce(both, group=group)
+    return both[0], highest, both[1].log()
+
+
+def token_logps(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk: int | None = None, group: Any = None
+) -> Tensor:
     """log p(target) of each row; equals the plain code in the module's docstring.
 
     Args:
-        hidden: hidden states that predict the targets. Shape: (T, D)
-        weight: output embedding. Shape: (V, D), same dtype as `hidden`
+        hidden: hidden states that predict the targets, the same on every rank of `group`. Shape: (T, D)
+        weight: output embedding. Shape: (V, D), same dtype as `hidden`; with a group (V / ranks, D)
         targets: token ids. Shape: (T,), int64
         chunk: tokens of one chunk; chosen by `chunk_tokens` when left out. Any value gives the same result.
+        group: ranks that hold equal parts of the vocabulary, in rank order; None: this rank holds all of it.
 
     Returns:
         Log-probs in nats, fp32 (float64 for float64 input). Shape: (T,)
@@ -97,7 +156,7 @@ def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk: int |
         return (hidden.sum() + weight.sum()).reshape(1)[:0]
     size = chunk or chunk_tokens(len(targets), weight.shape[0], cuda=weight.is_cuda)
     keep = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return _TokenLogps.apply(hidden, weight, targets, size, keep)
+    return _TokenLogps.apply(hidden, weight, targets, size, keep, group)
 
 
 def logps_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
@@ -121,6 +180,8 @@ class LogprobHead(nn.Linear):
     module's forward.
     """
 
+    group: Any = None  # see `token_logps`; its weight is then this rank's part of the vocabulary
+
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> LogprobHead:
         """Wraps an output layer, sharing its weight (so that tied weights stay tied)."""
@@ -131,7 +192,7 @@ class LogprobHead(nn.Linear):
         return head
 
     def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Logits (..., V), or with `targets` (T,) the log-probs (T,) of the rows of `hidden` (T, D)."""
+        """Logits (..., V) of the words held, or with `targets` (T,) log-probs (T,) of the rows of `hidden` (T, D)."""
         if targets is None:
             return super().forward(hidden)
-        return token_logps(hidden, self.weight, targets)
+        return token_logps(hidden, self.weight, targets, group=self.group)

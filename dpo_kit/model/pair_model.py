@@ -1,7 +1,7 @@
 """The policy and the frozen reference: built empty, sharded, then filled from safetensors.
 
-Each rank reads the files itself, one tensor at a time (memory-mapped), and keeps its own rows, so that the
-host never holds a second copy of a large model. Only safetensors are read, remote code is never run.
+Each rank reads its own part of the files (memory-mapped), one tensor at a time, so that nobody ever holds more of a
+large model than is its own. Only safetensors are read, remote code is never run.
 
 Not here: what the model computes on a micro-batch beyond calling it (engine), built-in names (`builtin`), what lies
 in a folder (`model_folder`), writing one (`export`).
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_kit.errors import UserError
-from dpo_kit.model import attention, blocks, builtin, lora, model_folder
+from dpo_kit.model import attention, blocks, builtin, lora, model_folder, split_sizes, tensor_parallel
 from dpo_kit.model.costs import Shape
 from dpo_kit.model.logprobs import LogprobHead, logps_of_logits
 from dpo_kit.model.packing import MicroBatch
@@ -142,7 +142,10 @@ def load(
     config = _config(folder)
     # A float64 or frozen model is kept in the dtype it computes in; a trained one in fp32 at least.
     master = dtype if not trainable or dtype == torch.float64 else torch.float32
-    packed = not attention.unsupported(config, longest_tokens)
+    unpacked = attention.unsupported(config, longest_tokens)
+    packed = not unpacked
+    if world.tp_size > 1 and (why := unpacked or split_sizes.problem(config.to_dict(), world.tp_size)):
+        raise UserError(f"{path}: cannot be split over t = {world.tp_size} tensor-parallel ranks: {why}")
     alone = world.size == 1
     held = dtype if alone or adapters else master
     if packed and config.tie_word_embeddings and model_folder.has_own_head(model_folder.tensors(folder)):
@@ -157,6 +160,8 @@ def load(
         blocks.compile_blocks(layers, dynamic=True)
     sides = model_folder.side_files(folder) if trainable and world.is_main else None
     model = PairModel(lm, packed, builtin.ensure(path), sides, adapted=adapters is not None)
+    if world.tp_size > 1:
+        tensor_parallel.split(lm, world.mesh["tp"])
     if not alone:
         shard(model, world, dtype)
     if packed:
@@ -328,16 +333,16 @@ def _fill(model: PairModel, folder: Path) -> None:
     named = model.lm.named_parameters(remove_duplicate=True)
     params = {lora.plain_name(name): param for name, param in named if not lora.is_adapter(name)}
     missing, other = set(params), []
-    for file in model_folder.weight_files(folder):
-        with safe_open(file, framework="pt") as f:
-            for name in f.keys():  # noqa: SIM118 - a safe_open handle is no mapping
-                if (place := _place(name, params)) is not None:
-                    full = f.get_tensor(name)
-                    if full.shape != params[place].shape:
-                        other.append(name)
-                        continue
-                    copy_into(params[place], full)
-                    missing.discard(place)
+    for name, weight in model_folder.tensors(folder).items():
+        if (place := _place(name, params)) is not None:
+            param = params[place]
+            if weight.shape != param.shape:
+                other.append(name)
+                continue
+            # Opened for one tensor: until it is closed, all that was read of a file counts as this process's memory.
+            with safe_open(weight.file, framework="pt") as file:
+                copy_into(param, file.get_slice(name))
+            missing.discard(place)
     _refuse_changed(folder, [*other, *sorted(missing)])
     on_meta = [n for n, b in model.named_buffers() if b.is_meta]
     assert not on_meta, f"buffers without values: {on_meta}"

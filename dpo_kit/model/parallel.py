@@ -1,5 +1,8 @@
 """Ranks, devices and FSDP2 sharding; the same calls on gloo (CPU) and NCCL (CUDA).
 
+    ranks   0 1 | 2 3 | 4 5      d3t2: neighbours share a layer (`tp`) and run the same pairs;
+    dp_rank  0  |  1  |  2       weights are split over `tp`, and what a rank then holds is sharded over `dp`
+
 What is sharded and in which order: the embedding, [norm, lm_head] in one group (with the embedding too when
 weights are tied), each decoder block, then the root. Master weights stay in fp32 (float64 when asked for),
 blocks compute in `dtype`, gradients are summed, never averaged, in fp32 or better: the loss is already divided
@@ -36,10 +39,11 @@ class World:
     """This process among the ranks of a run.
 
     `rank` of `size` counts all of them: who writes, who fails together, over whom weights are sharded. `dp_rank` of
-    `dp_size` tells whose pairs are whose. Today they are equal; ranks that share a layer would share their pairs.
+    `dp_size` tells whose pairs are whose, `tp_rank` of `tp_size` whose part of each layer.
 
     Args:
-        mesh: its dimension `dp` holds the data-parallel ranks.
+        mesh: its dimension `dp` holds the data-parallel ranks, its dimension `tp`, where there is one, those that
+            share each layer.
     """
 
     rank: int
@@ -59,10 +63,23 @@ class World:
     def dp_size(self) -> int:
         return self.mesh["dp"].size()
 
+    @property
+    def tp_rank(self) -> int:
+        return self.mesh["tp"].get_local_rank() if self.tp_size > 1 else 0
+
+    @property
+    def tp_size(self) -> int:
+        return self.mesh["tp"].size() if "tp" in (self.mesh.mesh_dim_names or ()) else 1
+
     def sum(self, values: Tensor) -> Tensor:
-        """Sums what the data-parallel ranks have of their pairs, in place."""
-        if self.dp_size > 1:
-            dist.all_reduce(values, group=self.mesh.get_group("dp"))
+        """Sums what the data-parallel ranks have of their pairs, in place; every rank gets the same bits.
+
+        Ranks that share their pairs have them all: the first of them counts.
+        """
+        if self.tp_rank:
+            values.zero_()
+        if self.size > 1:
+            dist.all_reduce(values)
         return values
 
     def any(self, flag: bool) -> bool:
@@ -92,10 +109,11 @@ class World:
             dist.barrier()
 
 
-def init_world(*, cuda: bool, init_method: str | None = None) -> World:
+def init_world(*, cuda: bool, init_method: str | None = None, tp_size: int = 1) -> World:
     """Joins the process group of the run; rank and size come from RANK and WORLD_SIZE.
 
     Args:
+        tp_size: neighbouring ranks that share each layer; divides the number of ranks.
         cuda: NCCL on the device LOCAL_RANK, else gloo on the CPU.
         init_method: torch.distributed address, by preference `file://...`, which opens no port.
     """
@@ -106,7 +124,8 @@ def init_world(*, cuda: bool, init_method: str | None = None) -> World:
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, init_method=init_method, rank=rank, world_size=size)
-    return World(rank, size, device, init_device_mesh(device.type, (size,), mesh_dim_names=("dp",)))
+    shape, names = ((size // tp_size, tp_size), ("dp", "tp")) if tp_size > 1 else ((size,), ("dp",))
+    return World(rank, size, device, init_device_mesh(device.type, shape, mesh_dim_names=names))
 
 
 @contextlib.contextmanager
@@ -129,7 +148,7 @@ def alone(*, cuda: bool) -> Iterator[World]:
 
 
 def shard(model: nn.Module, world: World, dtype: torch.dtype) -> nn.Module:
-    """Applies FSDP2 to a `pair_model.PairModel`, in place.
+    """Applies FSDP2 over the data-parallel ranks to a `pair_model.PairModel`, in place.
 
     Args:
         model: a module whose `.lm` is a transformers causal language model, on any device, also meta, its
@@ -139,7 +158,7 @@ def shard(model: nn.Module, world: World, dtype: torch.dtype) -> nn.Module:
     # Gradients are reduced in fp32 (float64 stays float64).
     reduce_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduce_dtype)
-    options: dict[str, Any] = {"mesh": world.mesh, "mp_policy": precision}
+    options: dict[str, Any] = {"mesh": world.mesh["dp"], "mp_policy": precision}
     lm: Any = model.lm
     body = getattr(lm, "model", None)
     # A model of another family may be built otherwise: then the root alone is sharded.
@@ -160,7 +179,8 @@ def _shard_parts(lm: Any, options: dict[str, Any]) -> None:
     if lm.lm_head.weight is body.embed_tokens.weight:
         fully_shard([body.embed_tokens, body.norm, lm.lm_head], reshard_after_forward=False, **options)
     else:
-        fully_shard(body.embed_tokens, **options)
+        # Its backward needs no weight, and FSDP2 would gather it again for it.
+        fully_shard(body.embed_tokens, reshard_after_forward=False, **options)
         fully_shard([body.norm, lm.lm_head], reshard_after_forward=False, **options)
     for block in body.layers:
         fully_shard(block, reshard_after_forward=True, **options)
@@ -202,20 +222,35 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-@torch.no_grad()
-def copy_into(param: Tensor, full: Tensor) -> None:
-    """Copies a whole tensor into a parameter that may be sharded or have a master: each rank takes its rows."""
+def own_part(param: Tensor) -> tuple[slice, ...]:
+    """What of the whole tensor this rank holds: rows and, where tensor parallelism cuts them, columns."""
+    part = [slice(0, size) for size in param.shape]
     if isinstance(param, DTensor):
-        local = param.to_local()
-        # Cut as FSDP2 cuts: the last ranks may hold fewer rows or none.
-        rows = full.chunk(param.device_mesh.size())
-        mine = param.device_mesh.get_local_rank()
-        if mine < len(rows) and local.numel():
-            local.copy_(rows[mine])
+        mesh = param.device_mesh
+        # Cut over `tp` first, then what is left over `dp`, as FSDP2 cuts: the last ranks may hold fewer rows or none.
+        for dim in reversed(range(mesh.ndim)):
+            if (at := getattr(param.placements[dim], "dim", None)) is not None:
+                start, stop = part[at].start, part[at].stop
+                size = -(-(stop - start) // mesh.size(dim))
+                first = min(stop, start + size * mesh.get_local_rank(dim))
+                part[at] = slice(first, min(stop, first + size))
+    return tuple(part)
+
+
+@torch.no_grad()
+def copy_into(param: Tensor, whole: Any) -> None:
+    """Copies a whole tensor into a parameter that may be sharded or have a master: each rank takes its own part.
+
+    Args:
+        whole: a tensor, or a slice of a safetensors file, which reads what it is asked for.
+    """
+    part = whole[own_part(param)]
+    if isinstance(param, DTensor):
+        param.to_local().copy_(part)
         return
-    param.copy_(full)
+    param.copy_(part)
     if hasattr(param, "master"):
-        param.master.copy_(full)
+        param.master.copy_(part)
 
 
 def full_tensor(param: Tensor) -> Tensor:
@@ -241,5 +276,18 @@ def weights(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def grad_norm(params: Sequence[nn.Parameter]) -> Tensor:
     """Global L2 norm of the gradients, before clipping; a scalar on the device, without a host sync."""
-    norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
-    return full_tensor(norm)
+    grads = [p.grad for p in params if p.grad is not None]
+    if grads and isinstance(grads[0], DTensor) and grads[0].device_mesh.ndim > 1:
+        return _norm_over_mesh(grads)
+    return full_tensor(torch.nn.utils.get_total_norm(grads))
+
+
+def _norm_over_mesh(grads: Sequence[Any]) -> Tensor:
+    """The same of gradients that are cut twice; those that all ranks of `tp` hold alike count once."""
+    total = torch.zeros((), dtype=torch.float64, device=grads[0].to_local().device)
+    for is_cut in (True, False):
+        parts = [grad.to_local() for grad in grads if grad.placements[1].is_replicate() != is_cut]
+        squares = torch.stack(torch._foreach_norm(parts)).double().square()
+        total += squares.sum() / (1 if is_cut else grads[0].device_mesh.size(1))
+    dist.all_reduce(total)
+    return total.sqrt().to(parts[0].dtype)

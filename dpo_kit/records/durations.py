@@ -15,6 +15,7 @@ from dpo_kit.system.files import atomic_write, read_json, to_json
 
 # Seconds on two CPU cores with the built-in 135M model, where no earlier run tells better.
 GUESSES_S = {
+    "find nodes": 15.0,
     "convert model": 60.0,
     "build pairs": 15.0,
     "start ranks": 20.0,

@@ -72,8 +72,8 @@ def _resumed(run: Facts, devices: int | None) -> Decision:
         return Decision("skip", f"{run.name} is done; nothing to resume")
     if run.config is None or (problem := refusal(run, run.config)):
         return Decision("refuse", run.damaged or problem)
-    wanted = int(run.config.cluster.n_gpus_per_node)
-    if devices is not None and not run.trained and (problem := machine.too_many(wanted, devices)):
+    wanted, is_here = int(run.config.cluster.n_gpus_per_node), run.config.scheduler.type == "local"
+    if is_here and devices is not None and not run.trained and (problem := machine.too_many(wanted, devices)):
         others = ("cluster.n_gpus_per_node=auto", "actor.backend=fsdp", "ref.backend=fsdp")
         command = manifest.train_command(run.folder, *others, config=run.config)
         return Decision("refuse", f"{problem}; to go on with others: {command}")

@@ -1,7 +1,7 @@
 """Watching over the children of a supervisor: requests to stop, owners, progress, ends, and ranks that hang.
 
     session = Session(run_dir, config, owners, lines)
-    codes = wait_for(session, [popen(...), popen(...)], grace_s)      # returns when all have ended
+    codes = wait_for(session, ranks, grace_s)      # returns when all have ended
 
 Ranks wait for each other, so one that hangs stops all. Every rank answers SIGUSR1 with the stacks of its threads in its
 log (`faulthandler`, which needs neither the interpreter's lock nor a free thread). Those that stand in
@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import subprocess
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,9 +25,11 @@ from dpo_kit.errors import ExitStatus
 from dpo_kit.records import durations
 from dpo_kit.records.status import read_status, request_stop, stop_requested, update_status
 from dpo_kit.system import files
-from dpo_kit.system.processes import end_children, identify, is_alive
+from dpo_kit.system.processes import identify, is_alive
 
 if TYPE_CHECKING:
+    from dpo_kit.supervise.nodes import NodeRanks, Nodes
+    from dpo_kit.supervise.ranks import LocalRanks
     from dpo_kit.view.progress import Lines
 
 
@@ -62,6 +62,7 @@ class Session:
     written_at: float = 0.0
     moved_at: float = field(default_factory=time.monotonic)  # when the progress last changed
     hung: tuple[int, str] | None = None  # the rank that hangs, and a line about it
+    nodes: Nodes | None = None  # of a run on other machines
 
     @property
     def num_ranks(self) -> int:
@@ -77,8 +78,8 @@ class Session:
         return f"{self.config.actor.path} on {self.num_ranks} {self.device} ranks"
 
 
-def wait_for(session: Session, children: list[subprocess.Popen], grace_s: float) -> list[int | None]:
-    """Waits until all children have ended, and passes on requests to stop.
+def wait_for(session: Session, ranks: LocalRanks | NodeRanks, grace_s: float) -> list[int | None]:
+    """Waits until all ranks (or a child of another kind) have ended or are lost, and passes on requests to stop.
 
     Returns:
         Exit status of each child; None for one that was killed here: too slow to stop, told to leave at
@@ -89,33 +90,32 @@ def wait_for(session: Session, children: list[subprocess.Popen], grace_s: float)
     try:
         while True:
             look(session)
-            codes = [child.poll() for child in children]
-            if None not in codes:
+            codes = ranks.codes()
+            if None not in codes or ranks.lost:
                 return codes
             now = time.monotonic()
             if ExitStatus.STOPPED in codes and not session.stop:  # somebody else told a rank to stop
                 ask(session, stop_requested(session.run_dir) or "preempted")
             if session.stop and not told:
                 told = True
-                for child in children:
-                    child.send_signal(signal.SIGTERM)
+                ranks.send(signal.SIGTERM)
             if codes[0] == ExitStatus.DONE:
                 # Rank 0 has written everything: who hangs in his good-byes is not waited for.
                 done_at = done_at or now
             waited, phase = now - session.moved_at, session.written.get("phase", "")
             is_overdue = phase in PHASES and waited > session.config.cluster.step_timeout_s
             if is_overdue and session.stop is None:
-                session.hung = find_hung(children, session.run_dir / "logs", waited, phase)
+                session.hung = find_hung(ranks, session.run_dir / "logs", waited, phase)
                 return codes
             failed = any(code not in (None, *ENDED_WELL) for code in codes)
             if failed and not session.stop:
                 time.sleep(_LAST_WORDS_S)
-                return [child.poll() for child in children]
+                return ranks.codes()
             if session.leave or any(since and now - since > grace_s for since in (session.stop_at, done_at)):
                 return codes
             time.sleep(_POLL_S)
     finally:
-        end_children(children)
+        ranks.end()
 
 
 def look(session: Session) -> None:
@@ -129,6 +129,8 @@ def look(session: Session) -> None:
         if gone and session.stop is None:
             print(f"owner {gone[0]} is gone: saving and ending", flush=True)
             ask(session, "preempted")
+    if session.nodes is not None:
+        session.nodes.look()
     merge(session)
 
 
@@ -186,11 +188,11 @@ _WAITING = ("torch/distributed/", "torch\\distributed\\")
 _HEADS = ("Thread 0x", "Current thread 0x")
 
 
-def find_hung(ranks: Sequence[subprocess.Popen], logs: Path, waited_s: float, phase: str) -> tuple[int, str]:
+def find_hung(ranks: LocalRanks | NodeRanks, logs: Path, waited_s: float, phase: str) -> tuple[int, str]:
     """The rank that hangs and one line about it.
 
     Args:
-        ranks: the processes, by rank; those that have ended are left out.
+        ranks: those that have ended are left out.
         logs: the folder with their logs.
         waited_s: how long nothing has moved.
         phase: what the run was doing.
@@ -209,14 +211,14 @@ def find_hung(ranks: Sequence[subprocess.Popen], logs: Path, waited_s: float, ph
     return rank, f"rank {rank}: {how}; {since} (cluster.step_timeout_s; stacks in logs/rank-{rank}.log)"
 
 
-def _stacks(ranks: Sequence[subprocess.Popen], logs: Path) -> dict[int, list[str]]:
+def _stacks(ranks: LocalRanks | NodeRanks, logs: Path) -> dict[int, list[str]]:
     """What each living rank writes into its log when asked; empty for one that does not answer."""
     asked = {}
-    for rank, process in enumerate(ranks):
-        if process.poll() is None:
+    for rank, code in enumerate(ranks.codes()):
+        if code is None:
             log = logs / f"rank-{rank}.log"
             asked[rank] = (log, log.stat().st_size if log.exists() else 0)
-            process.send_signal(signal.SIGUSR1)
+            ranks.send(signal.SIGUSR1, rank)
     found: dict[int, list[str]] = {key: [] for key in asked}
     deadline = time.monotonic() + _ANSWER_S
     while time.monotonic() < deadline and not all(found.values()):

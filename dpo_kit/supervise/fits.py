@@ -30,7 +30,8 @@ def check(config: Config) -> str:
         ConfigError: what is needed and what is free, and a setting that fits.
     """
     told = check_disk(config)
-    check_memory(config)
+    if config.scheduler.type == "local":  # other machines' memory is asked there (`nodes`)
+        check_memory(config)
     recover = config.recover
     return told if any((recover.freq_steps, recover.freq_epochs, recover.freq_secs)) else ""
 
@@ -43,21 +44,32 @@ def shape_of(config: Config) -> costs.Shape | None:
         return None
 
 
-def check_memory(config: Config) -> None:
-    """Refuses what cannot fit whatever the micro-batches: weights, optimizer and the longest pair."""
+def check_memory(config: Config, free_bytes: int | None = None) -> None:
+    """Refuses what cannot fit whatever the micro-batches: weights, optimizer and the longest pair.
+
+    Args:
+        config: devices resolved.
+        free_bytes: of one rank; None asks this machine, where all ranks are.
+    """
     shape = shape_of(config)
     if shape is None:
         return
     num_ranks, longest = parse_backend(config.actor.backend).world_size, longest_known_pair(config)
-    free = machine.free_bytes_of_rank(num_ranks, on_cuda=bool(config.cluster.n_gpus_per_node))
+    if free_bytes is None:
+        free_bytes = machine.free_bytes_of_rank(num_ranks, on_cuda=bool(config.cluster.n_gpus_per_node))
     if problem := costs.memory_problem(
-        shape, config, num_ranks=num_ranks, tokens=longest, longest=longest, free_bytes=free
+        shape, config, num_ranks=num_ranks, tokens=longest, longest=longest, free_bytes=free_bytes
     ):
         raise ConfigError([problem])
 
 
-def check_disk(config: Config) -> str:
-    """Refuses what does not fit beside the checkpoints that the run has already; what is needed, in one line."""
+def check_disk(config: Config, free_bytes: int | None = None) -> str:
+    """Refuses what does not fit beside the checkpoints that the run has already; what is needed, in one line.
+
+    Args:
+        config: devices resolved.
+        free_bytes: below `cluster.fileroot`, as another machine sees it; None asks this one.
+    """
     shape = shape_of(config)
     if shape is None:
         return ""
@@ -65,12 +77,14 @@ def check_disk(config: Config) -> str:
     if config.trial_name is not None:
         own = root / config.experiment_name / config.trial_name / "checkpoints"
         there, left = len(steps(own)), folders.leftovers(own)
+    if free_bytes is None:
+        free_bytes = machine.free_disk(root)
     told, problem = costs.disk_need(
         shape,
         config,
         checkpoints=max(0, costs.checkpoints_at_once(config) - there),
         models=1 + config.saver.best,  # more when `saver` has a frequency, which only the data tell how often
-        free_bytes=machine.free_disk(root) + sum(map(machine.size_of, left)),  # they go before the run does
+        free_bytes=free_bytes + sum(map(machine.size_of, left)),  # they go before the run does
     )
     if problem:
         raise ConfigError([problem])

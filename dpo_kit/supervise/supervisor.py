@@ -27,11 +27,10 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,10 +47,11 @@ from dpo_kit.records.status import (
     write_progress,
 )
 from dpo_kit.redaction import guard_output
-from dpo_kit.supervise import restarts
+from dpo_kit.supervise import nodes, restarts
 from dpo_kit.supervise.children import Session, ask, look, merge, wait_for
+from dpo_kit.supervise.ranks import LocalRanks, Share, waiting
 from dpo_kit.system import files, folders
-from dpo_kit.system.processes import end_children, identify, let_go, popen, rank_environment
+from dpo_kit.system.processes import identify, popen
 
 if TYPE_CHECKING:
     from dpo_kit.view.progress import Lines
@@ -72,6 +72,9 @@ def supervise(
     prepare_module: str = "dpo_kit.dataset.prepare",
     worker_module: str = "dpo_kit.engine.worker",
     samples_module: str = "dpo_kit.tools.samples",
+    starter_module: str | None = None,
+    bring: Callable[[str], subprocess.Popen] | None = None,
+    second_signal_s: float = _SECOND_SIGNAL_S,
 ) -> ExitStatus:
     """Runs a run folder to its end.
 
@@ -83,6 +86,9 @@ def supervise(
         prepare_module: what is run as `python -m ... RUN_DIR` to build models and pairs.
         worker_module: what every rank runs.
         samples_module: what answers the prompts after training.
+        starter_module: what starts the agents of a run on other machines; by `scheduler.type` when left out.
+        bring: has agents of one rank each instead (see `nodes.Nodes`).
+        second_signal_s: a signal that comes later than this after the first one leaves at once.
 
     Returns:
         The exit status.
@@ -96,7 +102,9 @@ def supervise(
     session = Session(run_dir, config, list(owners), lines)
     session.known = durations.expected_seconds(Path(config.cluster.fileroot), session.kind)
     modules = (prepare_module, worker_module, samples_module)
-    with lock.lock(run_dir), _signals(session):
+    if config.scheduler.type != "local":
+        session.nodes = nodes.of(session, bring, starter_module)
+    with lock.lock(run_dir), _signals(session, second_signal_s):
         run_folder.reserve_room(run_dir)
         (run_dir / "logs").mkdir(exist_ok=True)
         try:
@@ -104,6 +112,9 @@ def supervise(
         except Exception as error:  # of our own: a failed run, too
             traceback.print_exc()
             state, message, mistake = "failed", f"supervisor: {one_line(error)}", False
+        finally:
+            if session.nodes is not None:
+                session.nodes.close()
         if foreground and mistake and _leaves_nothing(session):
             run_folder.remove_folder(run_dir)
             raise UserError(re.sub(r" \(logs/\S+\)$", "", message))  # the log is gone, too
@@ -136,6 +147,8 @@ def _run(
         if ended := _prepare_and_train(session, prepare_module, worker_module):
             return ended
         update_status(session.run_dir, trained=True)
+    if session.nodes is not None:
+        session.nodes.close()  # samples are made here
     _make_samples(session, samples_module)
     if told := manifest.repetition(session.run_dir):
         update_status(session.run_dir, repetition=told)
@@ -149,17 +162,24 @@ def _prepare_and_train(
     session: Session, prepare_module: str, worker_module: str
 ) -> tuple[str, str, bool] | None:
     """How the run ended, as `_run` gives it; None when the model is trained and written."""
-    with _waiting_ranks(session, worker_module) as ranks:
-        code = _run_child(session, prepare_module, "prepare")
-        if session.stop:
-            return session.stop, "before training; nothing was lost", False
-        if code != ExitStatus.DONE:
-            failure = restarts.child_failure(session.run_dir, "prepare", code)
-            return "failed", failure.message, failure.mistake
-        codes, failed = _run_ranks(session, ranks)
-    while failed and not session.stop and not (failed := _given_up(session, failed)):
+    codes: list[int | None] = []
+    try:
         with _waiting_ranks(session, worker_module) as ranks:
+            code = None if session.stop else _run_child(session, prepare_module, "prepare")
+            if session.stop:
+                return session.stop, "before training; nothing was lost", False
+            if code != ExitStatus.DONE:
+                failure = restarts.child_failure(session.run_dir, "prepare", code)
+                return "failed", failure.message, failure.mistake
             codes, failed = _run_ranks(session, ranks)
+    except nodes.NodeError as error:
+        return "failed", str(error), error.mistake
+    while failed and not session.stop and not (failed := _given_up(session, failed)):
+        try:
+            with _waiting_ranks(session, worker_module) as ranks:
+                codes, failed = _run_ranks(session, ranks)
+        except nodes.NodeError as error:
+            failed = restarts.Failure(str(error), cause="lost")
     if failed:
         return "failed", failed.message, failed.mistake
     if codes[0] != ExitStatus.DONE:
@@ -206,59 +226,36 @@ def _finish(session: Session, state: str, message: str, mistake: bool) -> None:
 def _run_child(session: Session, module: str, name: str) -> int | None:
     """Runs `prepare` or `samples`; its exit status, None when it was killed."""
     with open(session.run_dir / "logs" / f"{name}.log", "ab") as log:
-        child = popen([module, str(session.run_dir)], dict(os.environ), log)
-    return wait_for(session, [child], min(_CHILD_GRACE_S, session.config.cluster.grace_s))[0]
+        environment = {**os.environ, **nodes.variables(session.config)}
+        child = popen([module, str(session.run_dir)], environment, log)
+    return wait_for(session, LocalRanks([child]), min(_CHILD_GRACE_S, session.config.cluster.grace_s))[0]
 
 
-@contextlib.contextmanager
-def _waiting_ranks(session: Session, module: str) -> Iterator[list[subprocess.Popen]]:
-    """The ranks, importing what they need until `_run_ranks`; those that are not let go leave no trace."""
+def _waiting_ranks(
+    session: Session, module: str
+) -> contextlib.AbstractContextManager[LocalRanks | nodes.NodeRanks]:
+    """The ranks, here or on the run's nodes, importing what they need until `_run_ranks`."""
+    if session.nodes is not None:
+        return session.nodes.waiting(module)
     attempt = read_status(session.run_dir).get("attempt", 1)
-    logs = [session.run_dir / "logs" / f"rank-{rank}.log" for rank in range(session.num_ranks)]
-    sizes = [log.stat().st_size if log.exists() else 0 for log in logs]
-    ranks: list[subprocess.Popen] = []
-    # A fresh file for every start: ranks would join the group that a used one describes.
-    with tempfile.TemporaryDirectory(prefix="dpo-kit-init-") as folder:
-        try:
-            for rank, path in enumerate(logs):
-                environment = {
-                    **rank_environment(session.num_ranks, rank),
-                    "DPO_KIT_INIT_FILE": str(Path(folder) / "store"),
-                    "DPO_KIT_DEVICE": session.device,
-                }
-                if session.device == "cuda":
-                    environment.pop("OMP_NUM_THREADS")
-                with open(path, "ab") as log:
-                    if attempt > 1:
-                        log.write(f"--- attempt {attempt}\n".encode())
-                        log.flush()
-                    ranks.append(popen([module, str(session.run_dir)], environment, log, waits=True))
-            yield ranks
-        finally:
-            end_children(ranks)
-            for process, path, size in zip(ranks, logs, sizes, strict=False):
-                if process.stdin and not process.stdin.closed:
-                    process.stdin.close()
-                    if process.returncode == -signal.SIGKILL:  # not by itself: it has nothing to say
-                        with contextlib.suppress(OSError):
-                            os.truncate(path, size)
-                            if not size:
-                                path.unlink()
+    share = Share(0, session.num_ranks, session.num_ranks, session.device, module, attempt)
+    return waiting(session.run_dir, share)
 
 
 def _run_ranks(
-    session: Session, ranks: list[subprocess.Popen]
+    session: Session, ranks: LocalRanks | nodes.NodeRanks
 ) -> tuple[list[int | None], restarts.Failure | None]:
     """Lets the ranks go and waits for all of them: their exit statuses (see `children.wait_for`) and the failure."""
     write_progress(session.run_dir, phase="start ranks")
     session.started_ranks, session.moved_at = True, time.monotonic()
-    update_status(session.run_dir, ranks=[process.pid for process in ranks])
-    for process in ranks:
-        let_go(process)
+    update_status(session.run_dir, ranks=ranks.pids)
+    ranks.let_go()
     codes = wait_for(session, ranks, session.config.cluster.grace_s)
     hung, session.hung = session.hung, None
     if codes[0] == ExitStatus.DONE:  # the model is written: how the others take their leave is no matter
         return codes, None
+    if ranks.lost and None in codes:
+        return codes, restarts.Failure(ranks.lost, cause="lost")
     if hung:
         return codes, restarts.Failure(hung[1], rank=hung[0], cause="hung")
     return codes, restarts.rank_failure(session.run_dir, codes, stopping=session.stop is not None)
@@ -298,7 +295,7 @@ def _make_samples(session: Session, module: str) -> None:
 
 
 @contextlib.contextmanager
-def _signals(session: Session) -> Iterator[None]:
+def _signals(session: Session, second_signal_s: float) -> Iterator[None]:
     """SIGINT asks to stop, SIGTERM and SIGHUP to be preempted; the second one leaves at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -309,7 +306,7 @@ def _signals(session: Session) -> Iterator[None]:
             ask(session, "stopped" if number == signal.SIGINT else "preempted")
             if session.lines:
                 session.lines.write("stopping with the state saved; a second signal leaves at once")
-        elif time.monotonic() - session.stop_at > _SECOND_SIGNAL_S:
+        elif time.monotonic() - session.stop_at > second_signal_s:
             session.leave = True
 
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

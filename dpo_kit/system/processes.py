@@ -237,17 +237,28 @@ def answer_requests() -> None:
     faulthandler.register(signal.SIGUSR1, file=sys.stderr, all_threads=True, chain=False)
 
 
-def rank_environment(num_ranks: int, rank: int) -> dict[str, str]:
-    """Environment of one rank on this machine: loopback only, the cores shared out."""
-    loopback = "lo" if sys.platform == "linux" else "lo0"
+def rank_environment(
+    num_ranks: int, rank: int, *, local: tuple[int, int] | None = None, interface: str | None = None
+) -> dict[str, str]:
+    """Environment of one rank: where it stands, the machine's cores shared out, by which network it talks.
+
+    Args:
+        num_ranks, rank: of the run.
+        local: local rank, and how many ranks this machine has; None: all are here.
+        interface: of the network; None: loopback only.
+    """
+    here, ranks_here = local or (rank, num_ranks)
+    talks = interface or ("lo" if sys.platform == "linux" else "lo0")
+    given = {} if interface is None else os.environ  # loopback is no matter of taste
     return {
         **os.environ,
         **child_variables(),
         "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
+        "LOCAL_RANK": str(here),
         "WORLD_SIZE": str(num_ranks),
-        "OMP_NUM_THREADS": str(max(1, physical_cores() // num_ranks)),
-        "GLOO_SOCKET_IFNAME": loopback,
-        "NCCL_SOCKET_IFNAME": loopback,
+        "LOCAL_WORLD_SIZE": str(ranks_here),
+        "OMP_NUM_THREADS": str(max(1, physical_cores() // ranks_here)),
+        "GLOO_SOCKET_IFNAME": given.get("GLOO_SOCKET_IFNAME", talks),
+        "NCCL_SOCKET_IFNAME": given.get("NCCL_SOCKET_IFNAME", talks),
         "TOKENIZERS_PARALLELISM": "false",
     }

@@ -1,6 +1,7 @@
 """What a run will need, before it starts: memory, tokens, time and disk.
 
     found = estimate.make(config)         a dict of plain numbers, bytes and seconds
+    found = estimate.make(config, device_bytes=80 * 2**30)   of a machine that is not this one: no times
     print(estimate.text(found))           one table; its last line says whether the run fits
     estimate.refuse(found)                UserError where it does not, with a setting that does
 
@@ -10,6 +11,7 @@ blocks of the same shape on the same ranks. Not here: what a launch refuses with
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,8 @@ from dpo_kit import config as config_module
 from dpo_kit import dataset
 from dpo_kit.config import Config, steps
 from dpo_kit.engine import reference, schedule, token_budget
-from dpo_kit.errors import UserError
+from dpo_kit.errors import ConfigError, UserError
+from dpo_kit.launch import preflight
 from dpo_kit.model import builtin
 from dpo_kit.model.costs import (
     DTYPE_BYTES,
@@ -30,6 +33,7 @@ from dpo_kit.model.costs import (
     export_bytes,
     memory_problem,
     step_bytes,
+    tokens_that_fit,
     trained_params,
 )
 from dpo_kit.model.model_folder import fingerprint, known_hashes, read_shape, snapshot
@@ -50,21 +54,26 @@ METRICS_BYTES, EVALUATION_BYTES, CACHE_BYTES = 600, 350, 32
 GIB = 2**30
 
 
-def make(config: Config, *, probe: bool = True) -> dict[str, Any]:
+def make(config: Config, *, probe: bool = True, device_bytes: int | None = None) -> dict[str, Any]:
     """The estimate of a run, as JSON values.
 
     Args:
-        config: devices resolved (`launch.resolve_world`).
+        config: devices resolved (`launch.resolve_world`, `launch.plan_world`).
         probe: try a few blocks for the times; a run that does not fit in memory is never tried.
+        device_bytes: memory of each device of a machine that is not this one, whose times, free disk and, it may be,
+            data nobody knows here; None: the run is for this machine.
 
     Raises:
-        UserError: the model's config.json is nowhere, or the data cannot be used.
+        UserError: the model's config.json is nowhere, its sizes do not divide, or the data cannot be used.
     """
     folder = model_folder(config.actor.path)
     shape = read_shape(str(folder))
+    if no_split := preflight.not_split(config):
+        raise ConfigError(no_split)
     num_ranks = config_module.parse_backend(config.actor.backend).world_size
-    train, valid = _stores(config)
-    free = machine.free_bytes_of_rank(num_ranks, on_cuda=bool(config.cluster.n_gpus_per_node))
+    is_here = device_bytes is None
+    train, valid = _stores(config, is_here)
+    free = device_bytes or machine.free_bytes_of_rank(num_ranks, on_cuda=bool(config.cluster.n_gpus_per_node))
     tokens = _tokens(config, shape, train, num_ranks, free)
     largest, longest = tokens["largest_micro_batch"], tokens.get("longest_pair") or 1
     needed = step_bytes(shape, config, num_ranks=num_ranks, tokens=largest)
@@ -75,6 +84,7 @@ def make(config: Config, *, probe: bool = True) -> dict[str, Any]:
         },
         "ranks": num_ranks,
         "device": "cuda" if config.cluster.n_gpus_per_node else "cpu",
+        "is_here": is_here,
         "memory": {**needed, "total": sum(needed.values()), "free": free},
         "tokens": tokens,
         "time": None,
@@ -84,9 +94,11 @@ def make(config: Config, *, probe: bool = True) -> dict[str, Any]:
     no_memory = memory_problem(
         shape, config, num_ranks=num_ranks, tokens=largest, longest=longest, free_bytes=free
     )
-    if probe and train is not None and not no_memory:
+    if probe and is_here and train is not None and not no_memory:
         found["time"] = _time(config, shape, folder, found, train, valid)
     found["disk"], no_disk = _disk(config, shape, found, train, valid)
+    if not is_here:
+        found["disk"]["free"], no_disk = None, ""
     found["problems"] = [problem for problem in (no_memory, no_disk) if problem]
     return found
 
@@ -113,9 +125,21 @@ def model_folder(path: str) -> Path:
         ) from error
 
 
-def _stores(config: Config) -> tuple[PairStore | None, PairStore | None]:
-    """The pair stores of training and validation; None where the data are on the hub."""
+def _stores(config: Config, is_here: bool) -> tuple[PairStore | None, PairStore | None]:
+    """The pair stores of training and validation; None where the data are on the hub.
+
+    For another machine they are built below `runs/` where `cluster.fileroot` is not here, and are None where the
+    model's folder has no tokenizer, either.
+    """
     stores: list[PairStore | None] = []
+    if not is_here:
+        if (folder := Path(builtin.ensure(config.tokenizer_path))).is_dir() and not list(
+            folder.glob("tokenizer*")
+        ):
+            return None, None
+        if not Path(config.cluster.fileroot).is_dir():
+            config = copy.deepcopy(config)
+            config.cluster.fileroot = str(config_module.resolve_path("runs", config_module.project_root()))
     for split, section in (("train", config.train_dataset), ("valid", config.valid_dataset)):
         path = section and (section.path or config.train_dataset.path)
         is_local = path and (path == "sample" or Path(path).expanduser().exists())
@@ -130,18 +154,20 @@ def _tokens(
     config: Config, shape: Shape, store: PairStore | None, num_ranks: int, free: int
 ) -> dict[str, Any]:
     bound = micro_batch_bound(config, shape, num_ranks, free)
+    fitting = tokens_that_fit(shape, config, num_ranks=num_ranks, free_bytes=free)
     if store is None:
-        return {"pairs": None, "largest_micro_batch": bound, "bound": bound}
+        return {"pairs": None, "largest_micro_batch": bound, "bound": bound, "fitting_micro_batch": fitting}
     num_steps = steps.num_steps(config, len(store))
     planned = _planned(config, len(store), num_steps)
     lengths, shares = store.all_lengths(), config.actor.share_prompt
     costs = {share: pair_costs(lengths, share) for share in (True, False)}
     run = costs[shares]
-    work = shape.work(lengths, shares) if num_ranks > 1 else None
-    largest, _ = token_budget.largest_micro_batch(config, run, num_ranks, bound, work)
+    dp_size = config_module.parse_backend(config.actor.backend).d
+    work = shape.work(lengths, shares) if dp_size > 1 else None
+    largest, _ = token_budget.largest_micro_batch(config, run, dp_size, bound, work)
     per_rank, num_micro_batches = [], []
     for rows in planned:
-        plan = plan_step(run[rows].tolist(), num_ranks, bound, None if work is None else work[rows].tolist())
+        plan = plan_step(run[rows].tolist(), dp_size, bound, None if work is None else work[rows].tolist())
         sizes = [[int(sum(run[rows[i]] for i in members)) for members in rank] for rank in plan]
         per_rank.append(max(map(sum, sizes)))
         num_micro_batches.append(len(plan[0]))
@@ -155,6 +181,7 @@ def _tokens(
         "largest_micro_batch": largest,
         "longest_pair": int(run.max()),
         "bound": bound,
+        "fitting_micro_batch": fitting,
     }
 
 
@@ -188,9 +215,10 @@ def _time(
     """Seconds by part of the run, and of one step."""
     from dpo_kit.tools import time_probe
 
-    tokens, device, num_ranks = found["tokens"], found["device"], found["ranks"]
+    tokens, device = found["tokens"], found["device"]
+    dp_size = config_module.parse_backend(config.actor.backend).d
     costs = pair_costs(train.all_lengths(), config.actor.share_prompt)
-    plan = _probed(config, costs, tokens, num_ranks)
+    plan = _probed(config, costs, tokens, dp_size)
     seconds = time_probe.measure(config, str(folder), train, plan)
     layers = shape.layers
     probed = max(sum(costs[r] for members in rank for r in members) for rank in plan)
@@ -205,22 +233,20 @@ def _time(
     num_evaluations, num_exports, _ = _counts(config, tokens["pairs"], step)
     parts = {
         "start": START_S[device] + 4 * shape.params / WRITE_BYTES_PER_S,
-        "reference_pass": forward * to_reference / num_ranks,
+        "reference_pass": forward * to_reference / dp_size,
         "training": step * tokens["steps"],
-        "evaluations": num_evaluations * forward * valid_tokens / num_ranks,
+        "evaluations": num_evaluations * forward * valid_tokens / dp_size,
         "exports": num_exports * export_bytes(shape, config) / WRITE_BYTES_PER_S,
         "samples": _samples_s(config, shape, valid, device),
     }
     return {**parts, "step": step, "evaluations_count": num_evaluations, "total": sum(parts.values())}
 
 
-def _probed(
-    config: Config, costs: np.ndarray, tokens: dict[str, Any], num_ranks: int
-) -> list[list[list[int]]]:
+def _probed(config: Config, costs: np.ndarray, tokens: dict[str, Any], dp_size: int) -> list[list[list[int]]]:
     """The micro-batches to try: the first ones of the step that is closest to the mean."""
     steps = _planned(config, len(costs), tokens["steps"])
     rows = min(steps, key=lambda rows: abs(costs[rows].sum() - np.mean([costs[r].sum() for r in steps])))
-    plan = plan_step([int(costs[r]) for r in rows], num_ranks, tokens["bound"])
+    plan = plan_step([int(costs[r]) for r in rows], dp_size, tokens["bound"])
     return [[[int(rows[i]) for i in members] for members in rank[:PROBED_MICRO_BATCHES]] for rank in plan]
 
 
@@ -307,10 +333,12 @@ def text(found: dict[str, Any]) -> str:
         *_rows("memory a rank", found["memory"], _gib),
         *_rows("tokens", {k: v for k, v in tokens.items() if v is not None}, lambda v: f"{v:,.0f}"),
         *_rows("time", found["time"] or {}, _seconds),
-        *_rows("disk", found["disk"], _gib),
+        *_rows("disk", {k: v for k, v in found["disk"].items() if v is not None}, _gib),
     ]
     if tokens["pairs"] is None:
-        lines.append("the training data are not on this machine: full micro-batches assumed, no times")
+        lines.append("training data or tokenizer are not on this machine: full micro-batches assumed")
+    if not found["is_here"]:
+        lines.append("no times, nor what is free on the disk: only the machine that is planned could tell")
     elif not found["time"]:
         lines.append("no times: not probed")
     return "\n".join([*lines, "", "; ".join(found["problems"]) or "fits"])

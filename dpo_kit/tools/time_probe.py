@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from dpo_kit import config as config_module
 from dpo_kit.config import Config
 from dpo_kit.engine import state
-from dpo_kit.engine.optimizer import make_optimizer, update
+from dpo_kit.engine.optimizer import local, make_optimizer, update
 from dpo_kit.launch.on_ranks import spawn
 from dpo_kit.losses import preference_loss
 from dpo_kit.model import model_folder, pair_model
@@ -49,7 +49,7 @@ def measure(
         config: of the run; devices resolved.
         model_folder: a folder with the model's config.json.
         store: the training pairs.
-        plan: `plan[rank][micro_batch]` = rows of the store.
+        plan: `plan[dp_rank][micro_batch]` = rows of the store.
 
     Returns:
         Median seconds over the repeats on the slowest rank: `forward` and `backward` of the whole probe without
@@ -65,7 +65,7 @@ def measure(
         model_folder,
         str(store.path),
         plan,
-        num_ranks=len(plan),
+        num_ranks=len(plan) * config_module.parse_backend(config.actor.backend).t,
         backend="nccl" if cuda else "gloo",
     )
     slowest = {part: max(rank[part] for rank in found) for part in PARTS}
@@ -75,13 +75,14 @@ def measure(
 def run_rank(tree: dict[str, Any], model_folder: str, store_path: str, plan: list[list[list[int]]]) -> dict:
     """What one rank of the probe runs; called by `measure` in a process of its own."""
     config = config_module.from_tree(tree)
-    world = init_world(cuda=bool(config.cluster.n_gpus_per_node))
+    tp_size = config_module.parse_backend(config.actor.backend).t
+    world = init_world(cuda=bool(config.cluster.n_gpus_per_node), tp_size=tp_size)
     store = open_store(Path(store_path))
     with tempfile.TemporaryDirectory() as folder:
         write_small_model(Path(model_folder), Path(folder))
         config.actor.path = folder
         policy = state.load_model(config, "actor", world, [store], trainable=True)
-    for name, param in masters(policy).items():
+    for name, param in ((name, local(param)) for name, param in masters(policy).items()):
         torch.nn.init.constant_(param, 1.0) if "norm" in name else torch.nn.init.normal_(param, std=0.02)
     publish(policy)
     optimizer = make_optimizer(policy, config.actor.optimizer)

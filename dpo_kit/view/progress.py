@@ -20,7 +20,7 @@ from dpo_kit.records.findings import Finding
 FIRST_LINE_S = 1.5
 SILENT_S = 4.0  # with the time a line takes to come, nothing is silent for over 5 s
 # Until the pairs are built, what lies there is an earlier attempt's.
-BEFORE_FINDINGS = (None, "convert model", "build pairs")
+BEFORE_FINDINGS = (None, "find nodes", "convert model", "build pairs")
 
 
 def timing(status: dict[str, Any], now: float | None = None) -> tuple[float, float | None, str]:

@@ -139,7 +139,6 @@ MISTAKES = {
     "actor.mb_spec.granularity=1": "actor.mb_spec.granularity = 1 must be 2: ",
     "ref.mb_spec.granularity=1": "ref.mb_spec.granularity = 1 must be 2: ",
     "actor.backend=fsdp:d1p2": "actor.backend = 'fsdp:d1p2': p must be 1, because fsdp shards every layer",
-    "actor.backend=fsdp:d4t2": "tensor parallelism (t = 2) is not built yet; use t1, e.g. fsdp:d8",
     "actor.backend=fsdp:d0": "actor.backend = 'fsdp:d0' is wrong: d = 0 leaves no rank; write fsdp",
     "actor.backend=megatron:d8": "'megatron' is not a backend, only fsdp is",
     "ref.backend=fsdp:d4": "ref.backend = 'fsdp:d4' differs from actor.backend = 'fsdp'",

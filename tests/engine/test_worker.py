@@ -96,7 +96,7 @@ def test_the_status_is_done_with_every_phase(smoke):
     status = read_status(smoke)
     assert (status["state"], status["step"], status["total_steps"]) == ("done", 4, 4)
     names = [phase["name"] for phase in status["phases"]]
-    assert sorted(names, key=PHASES.index) == list(PHASES)
+    assert sorted(names, key=PHASES.index) == [name for name in PHASES if name != "find nodes"]
     assert status["samples"] == "made"
 
 

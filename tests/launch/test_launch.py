@@ -84,7 +84,7 @@ def test_fewer_ranks_than_devices_run_and_say_so_once(fakes, visible):
             ["cluster.n_gpus_per_node=auto", "actor.backend=fsdp", "train_dataset.batch_size=2"],
             "2 is less than 4 data",
         ),
-        (1, ["scheduler.type=ray"], "scheduler.type = 'ray' loads, but launching on it comes later"),
+        (0, ["scheduler.type=ray", "cluster.n_nodes=3"], "has 2 ranks for cluster.n_nodes = 3"),
     ],
 )
 def test_what_cannot_run_is_refused_with_both_numbers_and_nothing_on_disk(

@@ -8,6 +8,7 @@ import sys
 import time
 
 import psutil
+import pytest
 
 from tests.supervise.test_kills import start
 
@@ -15,14 +16,18 @@ from tests.supervise.test_kills import start
 def listeners(pids: list[int]) -> set[str]:
     """Addresses on which processes accept connections."""
     return {
-        connection.laddr.ip
+        connection.laddr.ip.removeprefix("::ffff:")  # an IPv4 address of a socket for both
         for connection in psutil.net_connections(kind="inet")
         if connection.pid in pids and connection.status == psutil.CONN_LISTEN
     }
 
 
-def test_nothing_of_a_run_listens_outside_loopback(tmp_path):
-    process = start(tmp_path, "one")
+@pytest.mark.parametrize("scheduler", ["local", "ray"])
+def test_nothing_of_a_run_listens_outside_loopback(tmp_path, scheduler):
+    """Not even where the run starts a Ray cluster of its own."""
+    if scheduler == "ray":
+        pytest.importorskip("ray")
+    process = start(tmp_path, "one", f"scheduler.type={scheduler}")
     found: set[str] = set()
     while process.poll() is None:
         try:

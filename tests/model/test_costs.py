@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,21 @@ def test_ranks_share_what_is_sharded(config):
     assert two["activations"] == one["activations"]
     # FSDP2 gathers the tied head and two blocks, here all there is.
     assert two["copies"] == one["weights"]
+
+
+def test_tensor_parallel_ranks_split_all_but_the_hidden_states(config):
+    shape = replace(SHAPE, kv_heads=2)
+    one = parts(config, shape=shape)
+    config.actor.backend = "fsdp:d1t2"
+    two = parts(config, num_ranks=2, shape=shape)
+    for name in ("weights", "gradients", "optimizer", "working"):
+        assert two[name] == one[name] // 2, name
+    # A token and layer: 2 norms of 3 * 8 values; queries, output, keys, values 4 * 8 and gated layer 4 * 16, halved.
+    assert one["activations"] == 10 * 2 * 4 * (48 + 32 + 64)
+    assert two["activations"] == 10 * 2 * 4 * (48 + 16 + 32)
+    four = parts(config, num_ranks=4, shape=shape)
+    assert four["weights"] == two["weights"] // 2
+    assert four["activations"] == two["activations"]
 
 
 def test_bfloat16_keeps_float32_masters(config):

@@ -25,22 +25,22 @@ PAIRS = [
 ]
 
 
-def small_model(folder: Path, model_type: str = "llama", kv_heads: int = 4, tied: bool = False) -> str:
+def small_model(
+    folder: Path, model_type: str = "llama", kv_heads: int = 4, tied: bool = False, **sizes: int
+) -> str:
     """A random model of one of the supported families, saved as anyone would."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    sizes = {"vocab_size": 264, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8} | sizes
     config = AutoConfig.for_model(
         model_type,
-        vocab_size=264,
-        hidden_size=32,
-        intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=kv_heads,
-        head_dim=8,
         max_position_embeddings=256,
         sliding_window=None,
         tie_word_embeddings=tied,
+        **sizes,
     )
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)

@@ -35,12 +35,21 @@ PARAMS = {
 }
 
 
-def start(root: Path, trial: str) -> subprocess.Popen:
+def start(root: Path, trial: str, *words: str) -> subprocess.Popen:
     params = root / "params.yaml"
     params.write_text(
         json.dumps({**PARAMS, "cluster": {"fileroot": str(root / "runs"), "n_gpus_per_node": 0}})
     )
-    command = [sys.executable, "-m", "dpo_kit", "train", "--config", str(params), f"trial_name={trial}"]
+    command = [
+        sys.executable,
+        "-m",
+        "dpo_kit",
+        "train",
+        "--config",
+        str(params),
+        f"trial_name={trial}",
+        *words,
+    ]
     with open(root / f"{trial}.log", "ab") as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=root)
 

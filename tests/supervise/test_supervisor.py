@@ -136,8 +136,9 @@ def test_ranks_get_their_place_loopback_and_a_fresh_store(make_run):
     assert supervise(run_dir, **MODULES) == 0
     first, second = (json.loads((run_dir / f"environment-{rank}.json").read_text()) for rank in (0, 1))
     assert (first["RANK"], second["RANK"], second["LOCAL_RANK"], second["WORLD_SIZE"]) == ("0", "1", "1", "2")
-    assert first["DPO_KIT_INIT_FILE"] == second["DPO_KIT_INIT_FILE"]
-    assert not os.path.exists(first["DPO_KIT_INIT_FILE"])
+    store = first["DPO_KIT_INIT_METHOD"].removeprefix("file://")
+    assert first["DPO_KIT_INIT_METHOD"] == second["DPO_KIT_INIT_METHOD"] == f"file://{store}"
+    assert not os.path.exists(store)
     assert (
         first["GLOO_SOCKET_IFNAME"]
         == first["NCCL_SOCKET_IFNAME"]

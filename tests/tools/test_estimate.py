@@ -71,6 +71,24 @@ def test_tokens_are_those_of_the_plan_that_runs(config, memory_of):
     assert tokens["largest_micro_batch"] == pytest.approx(largest, rel=0.011)
 
 
+def test_ranks_that_share_layers_run_the_same_pairs(config, memory_of):
+    one, two, four = (
+        estimate.make(with_backend(config, backend), probe=False)
+        for backend in ("fsdp:d1", "fsdp:d1t2", "fsdp:d2t2")
+    )
+    assert one["tokens"] == two["tokens"]
+    assert four["tokens"]["busiest_rank_per_step"] < two["tokens"]["busiest_rank_per_step"]
+    assert (one["ranks"], two["ranks"], four["ranks"]) == (1, 2, 4)
+    with pytest.raises(UserError, match="do not divide by 8; use t1 or t2 or t4"):
+        estimate.make(with_backend(config, "fsdp:d1t8"), probe=False)
+
+
+def with_backend(config, backend):
+    return replace(
+        config, actor=replace(config.actor, backend=backend), ref=replace(config.ref, backend=backend)
+    )
+
+
 def test_auto_is_what_fits_and_the_references_bound_holds_online(config):
     shape = model_shape()
     config.actor.mb_spec.max_tokens_per_mb = "auto"
