@@ -292,8 +292,10 @@ def _estimate(arguments: argparse.Namespace) -> None:
     from dpo_kit.system.files import to_json
     from dpo_kit.tools import estimate
 
-    if arguments.devices is None and arguments.device_gib is None:
-        config = launch.resolve_world(_load(arguments), lambda _: None)
+    config = _load(arguments)
+    is_elsewhere = config.scheduler.type != "local" and config.cluster.n_gpus_per_node != 0
+    if arguments.devices is None and arguments.device_gib is None and not is_elsewhere:
+        config = launch.resolve_world(config, lambda _: None)
         found = estimate.make(config, probe=not arguments.no_probe)
     else:
         found = estimate.make(_planned(arguments), device_bytes=_device_bytes(arguments))
@@ -317,8 +319,8 @@ def _device_bytes(arguments: argparse.Namespace) -> int:
     free = machine.free_device_bytes()
     if free is None:
         raise UserError(
-            f"--devices {arguments.devices}: there is no CUDA device here whose memory could stand for theirs; add"
-            " --device-gib, such as --device-gib 80"
+            "there is no CUDA device here whose memory could stand for that of the run's; add --device-gib, such as"
+            " --device-gib 80"
         )
     return free
 

@@ -76,6 +76,8 @@ def test_ranks_that_share_layers_run_the_same_pairs(config, memory_of):
         estimate.make(with_backend(config, backend), probe=False)
         for backend in ("fsdp:d1", "fsdp:d1t2", "fsdp:d2t2")
     )
+    fitting = [found["tokens"].pop("fitting_micro_batch") for found in (one, two)]
+    assert fitting[0] != fitting[1]  # their memory is another
     assert one["tokens"] == two["tokens"]
     assert four["tokens"]["busiest_rank_per_step"] < two["tokens"]["busiest_rank_per_step"]
     assert (one["ranks"], two["ranks"], four["ranks"]) == (1, 2, 4)
