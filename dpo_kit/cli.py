@@ -292,9 +292,9 @@ def _estimate(arguments: argparse.Namespace) -> None:
     from dpo_kit.system.files import to_json
     from dpo_kit.tools import estimate
 
-    config = _load(arguments)
-    is_elsewhere = config.scheduler.type != "local" and config.cluster.n_gpus_per_node != 0
-    if arguments.devices is None and arguments.device_gib is None and not is_elsewhere:
+    is_elsewhere = arguments.devices is not None or arguments.device_gib is not None
+    config = None if is_elsewhere else _load(arguments)
+    if config and (config.scheduler.type == "local" or config.cluster.n_gpus_per_node == 0):
         config = launch.resolve_world(config, lambda _: None)
         found = estimate.make(config, probe=not arguments.no_probe)
     else:
