@@ -122,7 +122,7 @@ def test_the_notebook_does_the_same_and_its_charts_are_there(cluster, local, tmp
     words = ["cluster.n_nodes=2", "scheduler.type=ray", f"scheduler.address={cluster.address}", *SETTINGS]
     words += [f"cluster.fileroot={tmp_path}", "trial_name=one", "evaluator.num_samples=2"]
     notebook = [str(project_root() / "notebooks" / "train.ipynb"), str(out)]
-    given = ["-p", "config", "params/smoke.yaml", "-y", json.dumps({"overrides": words})]
+    given = ["-p", "config", "params/smoke.yaml", "-p", "overrides", json.dumps(words)]
     done = a.run(
         [sys.executable, "-m", "papermill", *notebook, *given],
         env=cluster.environment,
