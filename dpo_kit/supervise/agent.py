@@ -155,7 +155,10 @@ def serve(run_dir: Path, token: str, node: int, address: str, local: tuple[int, 
     with agent.held:
         while True:
             orders = nodes.read(agent.folder / "orders.json")
-            if orders.get("end") or orders.get("token", token) != token:
+            is_gone = (
+                not orders and run_dir.is_dir() and not agent.folder.is_dir()
+            )  # the run has ended meanwhile
+            if is_gone or orders.get("end") or orders.get("token", token) != token:
                 return ExitStatus.DONE
             if silence.hear(orders.get("beat")) > SILENCE_S:
                 print(

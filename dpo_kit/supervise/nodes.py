@@ -157,8 +157,12 @@ class Nodes:
 
         config, mine = self.session.config, facts_of_this_machine(self.session.run_dir)
         problems = []
-        for said, count in zip(self.said, self.layout, strict=True):
+        for said in self.said:
             name, has = f"{said['host']} ({said['address']})", said["facts"]
+            # Under torchrun several agents share a machine.
+            beside = sum(
+                n for other, n in zip(self.said, self.layout, strict=True) if other["host"] == said["host"]
+            )
             for package, version in mine["versions"].items():
                 if (theirs := has["versions"].get(package)) != version:
                     problems.append(
@@ -169,14 +173,13 @@ class Nodes:
                     f"{name} has other code of dpo_kit {has['code']} than {mine['host']} {mine['code']}, at the same"
                     f" version; install the same ({has['package']}, {mine['package']})"
                 )
-            if self.session.device == "cuda" and has["devices"] < count:
+            if self.session.device == "cuda" and has["devices"] < beside:
                 problems.append(
-                    f"{name} has {has['devices']} CUDA devices, and {count} ranks are to run there; lower"
+                    f"{name} has {has['devices']} CUDA devices, and {beside} ranks are to run there; lower"
                     f" actor.backend = {config.actor.backend!r}, or take nodes with more devices"
                 )
-            memory = (
-                has["free_device_bytes"] if self.session.device == "cuda" else has["free_host_bytes"] // count
-            )
+            on_cuda = self.session.device == "cuda"
+            memory = has["free_device_bytes"] if on_cuda else has["free_host_bytes"] // beside
             for check, free in ((fits.check_disk, has["free_disk"]), (fits.check_memory, memory)):
                 try:
                     check(config, free)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -215,3 +217,15 @@ def test_ranks_are_shared_out_evenly():
     assert nodes.shares(8, 2) == [4, 4]
     assert nodes.shares(5, 3) == [2, 2, 1]
     assert read_json(nodes.folder(nodes.Path("/nowhere")) / "orders.json", {}) == {}
+
+
+def test_an_agent_whose_run_has_ended_without_a_word_to_it_ends(tmp_path):
+    folder = nodes.folder(tmp_path)
+    folder.mkdir()
+    nodes.write(folder / "orders.json", {"token": "t", "beat": 0, "start": None})
+    command = [sys.executable, "-m", "dpo_kit.supervise.agent", str(tmp_path), "t", "0", "127.0.0.1"]
+    with subprocess.Popen(command) as process:
+        until(lambda: (folder / "node-0.json").exists(), 30)
+        shutil.rmtree(folder)
+        assert process.wait(10) == 0
+    assert not folder.exists()
