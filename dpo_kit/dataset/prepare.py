@@ -160,7 +160,7 @@ def check_models(config: Config) -> None:
         except UserError as error:
             problems.append(f"{field}: {error}")
             continue
-        if field == "actor.path":
+        if field == "actor.path" and config.actor.use_lora:
             problems += _targets(config, made["linear_layers"])
     if problems:
         raise ConfigError(problems)

@@ -221,7 +221,7 @@ def _steps(engine: Engine, report: _Report) -> None:
     """One step as configured, then a few on four pairs."""
     config, options = engine.config, engine.config.actor.optimizer
     rows = np.arange(min(config.train_dataset.batch_size, len(engine.train), 8))
-    before = {name: parallel.full_tensor(p).clone() for name, p in parallel.masters(engine.policy).items()}
+    before = {name: parallel.full_tensor(p).clone() for name, p in _watched(engine).items()}
     engine.policy.train()
     loss = _step(engine, make_optimizer(engine.policy, options), rows, options.lr)
     expected = loss_at_reference(config.actor.loss_type, config.actor.beta)
@@ -233,7 +233,7 @@ def _steps(engine: Engine, report: _Report) -> None:
         report.add("first loss", text if close else f"{text}: {why}", "ok" if close else "bad")
     else:
         report.add("first loss", f"{loss:.6f}; the reference is another model")
-    after = {name: parallel.full_tensor(p) for name, p in parallel.masters(engine.policy).items()}
+    after = {name: parallel.full_tensor(p) for name, p in _watched(engine).items()}
     still = [name for name, value in before.items() if torch.equal(value, after[name])]
     if still:
         moved = len(before) - len(still)
@@ -243,6 +243,12 @@ def _steps(engine: Engine, report: _Report) -> None:
     else:
         report.add("one step", f"all {len(before)} weights changed")
     _overfit(engine, report)
+
+
+def _watched(engine: Engine) -> dict[str, torch.nn.Parameter]:
+    """Weights that the first step must change: all of them; of adapters B alone, for A follows when B has moved."""
+    held = parallel.weights(engine.policy)
+    return {name: p for name, p in held.items() if not engine.policy.adapted or ".lora_B." in name}
 
 
 def _overfit(engine: Engine, report: _Report) -> None:

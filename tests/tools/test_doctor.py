@@ -63,6 +63,11 @@ def test_a_learning_rate_of_zero(tmp_path):
     assert found["one step"].text == "no weight changed (the learning rate is 0)"
 
 
+def test_adapters_of_a_run_that_is_fine(tmp_path):
+    found = examined(tmp_path, "actor.use_lora=true", "actor.optimizer.weight_decay=0")
+    assert found["one step"].text == "all 14 weights changed"
+
+
 def test_frozen_weights(tmp_path, monkeypatch):
     load = state.load_model
 
