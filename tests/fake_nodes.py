@@ -38,6 +38,7 @@ def main(run_dir: Path, token: str) -> int:
         subprocess.Popen([*command, str(node)], env={**os.environ, **child_variables()})
         for node in range(play(run_dir)["count"])
     ]
+    print(play(run_dir).get("says", ""), flush=True)
     while any(child.poll() is None for child in children):
         if failed := [child.returncode for child in children if child.poll()]:
             end_children(children)

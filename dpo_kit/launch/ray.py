@@ -83,10 +83,10 @@ def _connect(ray: Any, config: Config, run_dir: Path) -> None:
         if "RAY_AUTH_TOKEN_PATH" not in os.environ:
             _again_for_oneself(run_dir)
         ray.init(address="local", _node_ip_address="127.0.0.1", include_dashboard=False, **quiet)
-        print("Ray: a cluster of this run's own, on this machine", flush=True)
+        print(f"{nodes.NOTE}Ray: a cluster of this run's own, on this machine", flush=True)
         return
     address = ray.get_runtime_context().gcs_address
-    print(f"Ray: the cluster at {address}", flush=True)
+    print(f"{nodes.NOTE}Ray: the cluster at {address}", flush=True)
     if os.environ.get("RAY_AUTH_MODE") != "token" and not address.startswith("127."):
         print(f"{nodes.WARNING}{address} takes anybody's jobs: start it with RAY_AUTH_MODE=token", flush=True)
 

@@ -151,6 +151,7 @@ def main(run_dir: Path, token: str) -> None:
         "--ntasks-per-node=1",
         "--kill-on-bad-exit=1",
         "--overlap",
+        "--cpu-bind=none",
     ]
     # The signal was ignored by the job's script: agents must hear it.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

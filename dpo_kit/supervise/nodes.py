@@ -45,9 +45,10 @@ _AGENTS_S = 120.0
 _END_S = 15.0
 _LOOK_S = 0.1
 _CLOCKS_S = 30.0
-# A line of a starter's log that whoever watches the run should read.
-WARNING = "warning: "
+# Lines of a starter's log that are no reason to end; a warning is for whoever watches the run.
+NOTE, WARNING = "note: ", "warning: "
 # What agents get of the supervisor's environment, where their own does not come from it.
+_OF_A_NODE = ("_SOCKET_IFNAME", "_TOKEN")  # of each machine its own; what is secret stays
 _HANDED_ON = ("HF_", "NCCL_", "TORCH_", "DPO_KIT_", "TOKENIZERS_")
 
 
@@ -126,7 +127,7 @@ class Nodes:
         """
         self.close()
         write_progress(self.session.run_dir, phase="find nodes")
-        self.folder.mkdir()
+        self.folder.mkdir(exist_ok=True)  # an agent that is being ended may have written in the meantime
         self.orders = {"token": secrets.token_hex(8), "beat": 0, "start": None}
         self.said, self.silences = [{} for _ in self.layout], [Silence() for _ in self.layout]
         self._write()
@@ -222,6 +223,7 @@ class Nodes:
                 self.told = f"{gone['host']} ({gone['address']}) is lost: no word for {SILENCE_S:.0f} s"
         if self.starter is not None and self.starter.poll() is not None and not self.told:
             words = files.last_line(self.session.run_dir / "logs" / "nodes.log")
+            words = "" if words.startswith((NOTE, WARNING)) else words
             self.told = words or f"what started the nodes ended with status {self.starter.returncode}"
 
     def _write(self) -> None:
@@ -278,9 +280,10 @@ class NodeRanks:
         if len(nodes.layout) == 1:
             init = None  # a file of that node's own
         elif len(hosts) == 1:
-            init = (nodes.folder / f"store-{self.number}").as_uri()
+            init = (nodes.folder / f"store-{nodes.orders['token']}-{self.number}").as_uri()
         else:
-            init = f"tcp://{nodes.said[0]['address']}:{nodes.said[0]['port']}"
+            first, port = nodes.said[0]["address"], nodes.said[0]["port"]
+            init = f"tcp://[{first}]:{port}" if ":" in first else f"tcp://{first}:{port}"
         firsts = [sum(nodes.layout[:node]) for node in range(len(nodes.layout))]
         start = {
             "shares": list(zip(firsts, nodes.layout, strict=True)),
@@ -371,4 +374,5 @@ def variables(config: Config) -> dict[str, str]:
 
 def handed_on() -> dict[str, str]:
     """Variables of this process that the agents of other machines get as well."""
-    return {name: value for name, value in os.environ.items() if name.startswith(_HANDED_ON)}
+    names = [name for name in os.environ if name.startswith(_HANDED_ON) and not name.endswith(_OF_A_NODE)]
+    return {name: os.environ[name] for name in names}

@@ -102,13 +102,15 @@ def supervise(
     session = Session(run_dir, config, list(owners), lines)
     session.known = durations.expected_seconds(Path(config.cluster.fileroot), session.kind)
     modules = (prepare_module, worker_module, samples_module)
-    if config.scheduler.type != "local":
-        session.nodes = nodes.of(session, bring, starter_module)
     with lock.lock(run_dir), _signals(session, second_signal_s):
         run_folder.reserve_room(run_dir)
         (run_dir / "logs").mkdir(exist_ok=True)
         try:
+            if config.scheduler.type != "local":
+                session.nodes = nodes.of(session, bring, starter_module)
             state, message, mistake = _run(session, *modules)
+        except UserError as error:  # of the scheduler
+            state, message, mistake = "failed", str(error), True
         except Exception as error:  # of our own: a failed run, too
             traceback.print_exc()
             state, message, mistake = "failed", f"supervisor: {one_line(error)}", False
@@ -177,6 +179,8 @@ def _prepare_and_train(
     while failed and not session.stop and not (failed := _given_up(session, failed)):
         try:
             with _waiting_ranks(session, worker_module) as ranks:
+                if session.stop:
+                    return session.stop, "before its ranks were started again; nothing was lost", False
                 codes, failed = _run_ranks(session, ranks)
         except nodes.NodeError as error:
             failed = restarts.Failure(str(error), cause="lost")

@@ -259,6 +259,7 @@ def rank_environment(
         "LOCAL_WORLD_SIZE": str(ranks_here),
         "OMP_NUM_THREADS": str(max(1, physical_cores() // ranks_here)),
         "GLOO_SOCKET_IFNAME": given.get("GLOO_SOCKET_IFNAME", talks),
-        "NCCL_SOCKET_IFNAME": given.get("NCCL_SOCKET_IFNAME", talks),
+        # NCCL takes a name for the beginning of one unless it is told otherwise.
+        "NCCL_SOCKET_IFNAME": given.get("NCCL_SOCKET_IFNAME", f"={talks}" if interface else talks),
         "TOKENIZERS_PARALLELISM": "false",
     }

@@ -40,7 +40,7 @@ def test_a_cluster_without_a_token_is_used_with_one_warning(played, tmp_path, ca
     launcher._connect(played("10.0.0.1:6379"), settings(), tmp_path)
     said = capsys.readouterr().out.splitlines()
     assert said == [
-        "Ray: the cluster at 10.0.0.1:6379",
+        f"{nodes.NOTE}Ray: the cluster at 10.0.0.1:6379",
         f"{nodes.WARNING}10.0.0.1:6379 takes anybody's jobs: start it with RAY_AUTH_MODE=token",
     ]
     monkeypatch.setenv("RAY_AUTH_MODE", "token")

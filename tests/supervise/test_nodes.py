@@ -156,6 +156,48 @@ def test_a_lost_node_is_found_again_and_the_run_goes_on(make_nodes):
     assert nobody_is_left(run_dir)
 
 
+def test_a_stop_while_lost_nodes_are_found_again_ends_at_once(make_nodes):
+    run_dir = make_nodes(LONG, recover="auto")
+
+    def lose_one_and_stop():
+        until(lambda: steps(run_dir) > 2)
+        (run_dir / "nodes.json").write_text(json.dumps({"count": 1}))  # the other never comes
+        os.kill(agents(run_dir)[1], signal.SIGKILL)
+        until(lambda: read_status(run_dir)["phase"] == "find nodes" and read_status(run_dir)["attempt"] == 2)
+        request_stop(run_dir, "stopped")
+
+    thread = threading.Thread(target=lose_one_and_stop)
+    thread.start()
+    assert supervise(run_dir, **NODES) == 3
+    thread.join()
+    status = read_status(run_dir)
+    assert status["state"] == "stopped"
+    assert status["message"] == "before its ranks were started again; nothing was lost"
+    assert nobody_is_left(run_dir)
+
+
+def test_what_a_starter_said_in_passing_is_no_reason(make_nodes):
+    run_dir = make_nodes(LONG, bent={"count": 0, "says": f"{nodes.NOTE}all is well"})
+    assert supervise(run_dir, **NODES) == 1
+    assert read_status(run_dir)["message"] == "what started the nodes ended with status 1"
+
+
+def test_a_run_of_torchrun_without_it_fails_in_words(make_run):  # noqa: F811
+    run_dir = make_run(LONG)
+    config = run_dir / "config.yaml"
+    config.write_text("scheduler: {type: torchrun}\n" + config.read_text())
+    assert supervise(run_dir, **MODULES) == 2
+    assert "was started by torchrun: give the same command again" in read_status(run_dir)["message"]
+
+
+def test_what_is_each_machines_own_is_not_handed_on(monkeypatch):
+    for name in ("HF_HOME", "HF_TOKEN", "NCCL_DEBUG", "NCCL_SOCKET_IFNAME", "HOME"):
+        monkeypatch.setenv(name, "x")
+    handed = nodes.handed_on()
+    assert {"HF_HOME", "NCCL_DEBUG"} <= set(handed)
+    assert not {"HF_TOKEN", "NCCL_SOCKET_IFNAME", "HOME"} & set(handed)
+
+
 def test_a_silent_agent_is_lost(make_nodes, monkeypatch):
     monkeypatch.setattr(nodes, "SILENCE_S", 2.0)
     run_dir = make_nodes(LONG)
