@@ -51,10 +51,15 @@ def main(run_dir: Path, token: str) -> int:
         try:
             code, words = ray.get(done)
         except ray.exceptions.RayError as error:
-            print(f"{addresses[index]} (node {index} of {len(counts)}) is lost: {_cause(error)}", flush=True)
+            print(
+                f"{nodes.REASON}{addresses[index]} (node {index} of {len(counts)}) is lost: {_cause(error)}",
+                flush=True,
+            )
             return ExitStatus.FAILED
         if code:
-            print(words or f"the agent of node {index} ended with status {code}", flush=True)
+            print(
+                f"{nodes.REASON}{words or f'the agent of node {index} ended with status {code}'}", flush=True
+            )
             return code
     return ExitStatus.DONE
 
@@ -195,5 +200,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main(Path(sys.argv[1]), sys.argv[2]))
     except UserError as error:
-        print(error, flush=True)
+        print(f"{nodes.REASON}{error}", flush=True)
         sys.exit(ExitStatus.MISTAKE)

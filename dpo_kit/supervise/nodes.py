@@ -45,8 +45,9 @@ _AGENTS_S = 120.0
 _END_S = 15.0
 _LOOK_S = 0.1
 _CLOCKS_S = 30.0
-# Lines of a starter's log that are no reason to end; a warning is for whoever watches the run.
-NOTE, WARNING = "note: ", "warning: "
+# Lines of a starter's log: why it ends (a library may say more after it), what is no reason to end, and what is for
+# whoever watches the run.
+REASON, NOTE, WARNING = "reason: ", "note: ", "warning: "
 # What agents get of the supervisor's environment, where their own does not come from it.
 _OF_A_NODE = ("_SOCKET_IFNAME", "_TOKEN")  # of each machine its own; what is secret stays
 _HANDED_ON = ("HF_", "NCCL_", "TORCH_", "DPO_KIT_", "TOKENIZERS_")
@@ -99,6 +100,15 @@ def shares(num_ranks: int, num_nodes: int) -> list[int]:
     """Ranks of each node: as even as it goes, the first nodes one more."""
     each, more = divmod(num_ranks, num_nodes)
     return [each + (node < more) for node in range(num_nodes)]
+
+
+def _reason(log: Path) -> str:
+    """Why a starter ended, in its own words; else its last ones, where they may be a reason."""
+    lines = log.read_text("utf-8", "replace").splitlines() if log.exists() else []
+    if told := [line.removeprefix(REASON) for line in lines if line.startswith(REASON)]:
+        return told[-1]
+    last = files.last_line(log)
+    return "" if last.startswith((NOTE, WARNING)) else last
 
 
 class Nodes:
@@ -222,8 +232,7 @@ class Nodes:
                 gone = self.said[node]
                 self.told = f"{gone['host']} ({gone['address']}) is lost: no word for {SILENCE_S:.0f} s"
         if self.starter is not None and self.starter.poll() is not None and not self.told:
-            words = files.last_line(self.session.run_dir / "logs" / "nodes.log")
-            words = "" if words.startswith((NOTE, WARNING)) else words
+            words = _reason(self.session.run_dir / "logs" / "nodes.log")
             self.told = words or f"what started the nodes ended with status {self.starter.returncode}"
 
     def _write(self) -> None:

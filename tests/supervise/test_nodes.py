@@ -182,6 +182,12 @@ def test_what_a_starter_said_in_passing_is_no_reason(make_nodes):
     assert read_status(run_dir)["message"] == "what started the nodes ended with status 1"
 
 
+def test_a_library_may_talk_on_after_the_reason(make_nodes):
+    run_dir = make_nodes(LONG, bent={"count": 0, "says": f"{nodes.REASON}b is lost\n(raylet) chatter"})
+    assert supervise(run_dir, **NODES) == 1
+    assert read_status(run_dir)["message"] == "b is lost"
+
+
 def test_a_run_of_torchrun_without_it_fails_in_words(make_run):  # noqa: F811
     run_dir = make_run(LONG)
     config = run_dir / "config.yaml"
