@@ -48,9 +48,8 @@ class ClusterConfig:
 @dataclass
 class SchedulerConfig:
     type: str = rule("local", choices=("local", "ray", "slurm", "torchrun"))
-    address: str | None = (
-        None  # ours: of a Ray cluster; null: RAY_ADDRESS, a running one, else one of the run's own
-    )
+    # Ours: of a Ray cluster; null: RAY_ADDRESS, a running one, else one of the run's own.
+    address: str | None = None
     wait_s: float = rule(60.0, ge=0)  # ours: for nodes that are not there yet
     # Ours, for Slurm outside an allocation: further options, print the script only, a notebook in the command's place.
     sbatch: str | None = None

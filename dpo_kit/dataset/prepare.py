@@ -171,7 +171,8 @@ def _targets(config: Config, layers: list[str]) -> list[str]:
     from dpo_kit.model import lora
 
     adapters = lora.options(config)
-    wrong = lora.problem(adapters.targets, layers) if adapters else ""
+    assert adapters is not None
+    wrong = lora.problem(adapters.targets, layers)
     return [wrong] if wrong else []
 
 

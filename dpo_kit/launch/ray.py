@@ -29,18 +29,15 @@ from dpo_kit.supervise import nodes
 
 
 def main(run_dir: Path, token: str) -> int:
-    """Brings the agents up and waits for their end; the exit status. The last line says why, where one is lost."""
+    """Brings the agents up and waits for their end; the exit status. Where one is lost, a line says why."""
     import ray  # launch/world has seen that it is there
 
     config = config_module.load(run_dir / "config.yaml")
     _connect(ray, config, run_dir)
-    counts = nodes.shares(
-        config_module.parse_backend(config.actor.backend).world_size, config.cluster.n_nodes
-    )
+    counts = nodes.layout(config)
     group = _placed(ray, config, counts)
-    actors = [
-        _agent_class(ray, group, index).remote() for index in range(len(counts))
-    ]  # end with their handles
+    # They end with their handles.
+    actors = [_agent_class(ray, group, index).remote() for index in range(len(counts))]
     variables, addresses = nodes.handed_on(), _addresses(ray, group)
     waiting = {
         actor.run.remote(str(run_dir), token, index, variables): index for index, actor in enumerate(actors)

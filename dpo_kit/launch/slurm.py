@@ -91,7 +91,7 @@ def _trial(config: Config, job: str) -> str:
 def _parameters(config: Config) -> dict[str, Any]:
     """What submitit puts at the head of the script."""
     cluster = config.cluster
-    count = nodes.shares(config_module.parse_backend(config.actor.backend).world_size, cluster.n_nodes)[0]
+    count = nodes.layout(config)[0]
     on_cuda = cluster.n_gpus_per_node not in (0, "auto")
     own = {"signal": f"TERM@{int(cluster.grace_s) + _WARNING_S}", "requeue": True}
     for word in shlex.split(config.scheduler.sbatch or ""):

@@ -39,7 +39,7 @@ def resolve_world(config: Config, say: Say | None = None) -> Config:
     visible = machine.visible_devices()
     wanted = config.cluster.n_gpus_per_node
     if config.scheduler.type == "torchrun":
-        _take_sizes(config, visible)
+        _take_sizes(config)
     if config.scheduler.type == "slurm":
         _check_job(config)
     is_here = config.scheduler.type in ("local", "torchrun")
@@ -90,7 +90,7 @@ def check_package(scheduler: str) -> None:
         raise UserError(f'scheduler.type = {scheduler!r} needs {package}; run: pip install "{extra}"')
 
 
-def _take_sizes(config: Config, visible: int) -> None:
+def _take_sizes(config: Config) -> None:
     """The world is torchrun's: the backend gets its sizes, or must have them."""
     num_ranks, num_nodes = _torchrun_sizes()
     backend = config_module.parse_backend(config.actor.backend)
@@ -102,8 +102,6 @@ def _take_sizes(config: Config, visible: int) -> None:
             ]
         )
     config.cluster.n_nodes = num_nodes
-    if config.cluster.n_gpus_per_node == "auto":
-        config.cluster.n_gpus_per_node = visible
     if not backend.explicit:
         config.actor.backend = config.ref.backend = f"{backend.kind}:d{num_ranks}p1t1"
 
@@ -198,7 +196,7 @@ def _nodes_text(config: Config) -> str:
     """What runs where, and once which backend would take all devices."""
     cluster, backend = config.cluster, config_module.parse_backend(config.actor.backend)
     num_ranks, num_devices = backend.world_size, cluster.n_nodes * int(cluster.n_gpus_per_node)
-    each = ", ".join(map(str, sorted(set(nodes.shares(num_ranks, cluster.n_nodes)), reverse=True)))
+    each = ", ".join(map(str, sorted(set(nodes.layout(config)), reverse=True)))
     kind = "CUDA" if num_devices else "CPU"
     told = f"{num_ranks} {kind} rank{'s' * (num_ranks > 1)} ({'NCCL' if num_devices else 'gloo'})"
     told += f" on {cluster.n_nodes} node{'s' * (cluster.n_nodes > 1)}, {each} on each"

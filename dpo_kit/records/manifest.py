@@ -81,7 +81,7 @@ def build(config: Config, *, named: bool, owner: str, source: str | Path | None 
     return {
         **({"repeats": str(origin)} if is_repetition else {}),
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "versions": {"dpo_kit": dpo_kit.__version__, "python": platform.python_version(), **_versions()},
+        "versions": {"dpo_kit": dpo_kit.__version__, "python": platform.python_version(), **versions()},
         "git": git_state(project_root()),
         "hardware": _hardware(),
         "seeds": {"seed": config.seed, "samples_seed": config.evaluator.samples_seed},
@@ -209,9 +209,10 @@ def _git(folder: Path, *arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _versions() -> dict[str, str]:
+def versions(packages: Iterable[str] = _PACKAGES) -> dict[str, str]:
+    """Installed versions; those that are not installed are left out."""
     found = {}
-    for name in _PACKAGES:
+    for name in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found

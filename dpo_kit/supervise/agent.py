@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.metadata
 import os
 import signal
 import socket
@@ -25,6 +24,7 @@ from typing import Any
 
 import dpo_kit
 from dpo_kit.errors import ExitStatus
+from dpo_kit.records import manifest
 from dpo_kit.supervise import nodes
 from dpo_kit.supervise.nodes import BEAT_S, SILENCE_S, Silence
 from dpo_kit.supervise.ranks import LocalRanks, Share, waiting
@@ -36,16 +36,12 @@ _POLL_S = 0.1
 def facts_of_this_machine(run_dir: Path) -> dict[str, Any]:
     """What a node proves before ranks start."""
     package = Path(dpo_kit.__file__).parent
-    versions = {"dpo-kit": dpo_kit.__version__}
-    for name in ("torch", "transformers"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
     digest = hashlib.sha256()
     for file in sorted(package.rglob("*.py")):
         digest.update(f"{file.relative_to(package)}\n".encode() + file.read_bytes())
     return {
         "host": socket.gethostname(),
-        "versions": versions,
+        "versions": {"dpo-kit": dpo_kit.__version__, **manifest.versions(("torch", "transformers"))},
         "code": digest.hexdigest()[:12],
         "package": str(package),
         "devices": machine.visible_devices(),
@@ -155,9 +151,8 @@ def serve(run_dir: Path, token: str, node: int, address: str, local: tuple[int, 
     with agent.held:
         while True:
             orders = nodes.read(agent.folder / "orders.json")
-            is_gone = (
-                not orders and run_dir.is_dir() and not agent.folder.is_dir()
-            )  # the run has ended meanwhile
+            # Without its folder the run has ended meanwhile.
+            is_gone = not orders and run_dir.is_dir() and not agent.folder.is_dir()
             if is_gone or orders.get("end") or orders.get("token", token) != token:
                 return ExitStatus.DONE
             if silence.hear(orders.get("beat")) > SILENCE_S:

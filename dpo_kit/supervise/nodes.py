@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from dpo_kit.config import Config
+from dpo_kit.config import Config, parse_backend
 from dpo_kit.errors import ConfigError, ExitStatus, UserError
 from dpo_kit.records import findings
 from dpo_kit.records.findings import Finding
@@ -109,6 +109,11 @@ def _reason(log: Path) -> str:
         return told[-1]
     last = files.last_line(log)
     return "" if last.startswith((NOTE, WARNING)) else last
+
+
+def layout(config: Config) -> list[int]:
+    """Ranks of each node of a run."""
+    return shares(parse_backend(config.actor.backend).world_size, config.cluster.n_nodes)
 
 
 class Nodes:
@@ -352,22 +357,26 @@ def of(session: Session, bring: Callable[[str], subprocess.Popen] | None, starte
     Args:
         bring: starts the agents; None takes a starter's process.
         starter: its module, instead of the scheduler's.
+
+    Raises:
+        NodeError: the agents of this scheduler are started by nobody here.
     """
     config, run_dir = session.config, session.run_dir
     if bring is not None:
         return Nodes(session, [1] * session.num_ranks, bring)
     module = starter or STARTERS.get(config.scheduler.type)
     if module is None:
-        raise UserError(
+        raise NodeError(
             f"{run_dir} was started by {config.scheduler.type}: give the same command again with recover.mode=auto"
-            f" trial_name={run_dir.name}, or add scheduler.type=local to it"
+            f" trial_name={run_dir.name}, or add scheduler.type=local to it",
+            mistake=True,
         )
 
     def start(token: str) -> subprocess.Popen:
         with open(run_dir / "logs" / "nodes.log", "wb") as log:
             return popen([module, str(run_dir), token], {**os.environ, **variables(config)}, log)
 
-    return Nodes(session, shares(session.num_ranks, config.cluster.n_nodes), start)
+    return Nodes(session, layout(config), start)
 
 
 def variables(config: Config) -> dict[str, str]:

@@ -33,13 +33,11 @@ class Share:
     device: str  # cpu or cuda
     module: str  # that a rank runs
     attempt: int
-    init_method: str | None = (
-        None  # torch.distributed's address; None: all ranks are here, and a file will do
-    )
+    # torch.distributed's address; None: all ranks are here, and a file will do.
+    init_method: str | None = None
     interface: str | None = None  # of the network; None: loopback
-    local: tuple[int, int] | None = (
-        None  # local rank and local size of the only one, where others are beside it
-    )
+    # Local rank and local size of the only one, where others are beside it.
+    local: tuple[int, int] | None = None
 
 
 class LocalRanks:

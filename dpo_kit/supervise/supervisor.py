@@ -109,8 +109,8 @@ def supervise(
             if config.scheduler.type != "local":
                 session.nodes = nodes.of(session, bring, starter_module)
             state, message, mistake = _run(session, *modules)
-        except UserError as error:  # of the scheduler
-            state, message, mistake = "failed", str(error), True
+        except nodes.NodeError as error:
+            state, message, mistake = "failed", str(error), error.mistake
         except Exception as error:  # of our own: a failed run, too
             traceback.print_exc()
             state, message, mistake = "failed", f"supervisor: {one_line(error)}", False

@@ -133,9 +133,8 @@ def _stores(config: Config, is_here: bool) -> tuple[PairStore | None, PairStore 
     """
     stores: list[PairStore | None] = []
     if not is_here:
-        if (folder := Path(builtin.ensure(config.tokenizer_path))).is_dir() and not list(
-            folder.glob("tokenizer*")
-        ):
+        folder = Path(builtin.ensure(config.tokenizer_path))
+        if folder.is_dir() and not any(folder.glob("tokenizer*")):
             return None, None
         if not Path(config.cluster.fileroot).is_dir():
             config = copy.deepcopy(config)
